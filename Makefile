@@ -1,0 +1,70 @@
+# Everything a contributor or a CI machine runs. `make` alone lists the targets.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PIP    := $(BIN)/python -m pip install --quiet --no-deps
+
+# Where pip finds no CPU build of torch as it is configured, torch alone is asked for once more, from the
+# PyTorch project's own index. Always naming that index would cost retries per package where it is unreachable.
+TORCH       := $(shell grep '^torch==' requirements/cpu.txt)
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-unit test-gpu check lint format bench docs lock clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## Make .venv and install everything pinned in requirements/cpu.txt (once)
+
+$(STAMP): requirements/cpu.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "searchrl needs Python 3.11 or newer; name one: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH) || $(PIP) $(TORCH) --extra-index-url $(TORCH_INDEX)
+	$(PIP) --requirement requirements/cpu.txt
+	$(PIP) --editable .
+	touch $(STAMP)
+
+quickstart: setup  ## Train SmolLM2-135M to search, on the CPU, in minutes
+	$(BIN)/searchrl data worldfacts
+	$(BIN)/searchrl train +experiment=quickstart
+
+test: setup  ## Run unit tests, then integration tests; one summary at the end
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-unit: setup  ## Run the unit tests only (about a minute)
+	$(BIN)/python -m pytest -m "not integration and not gpu"
+
+test-gpu: setup  ## Run the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
+
+lint: setup  ## Check format, rules and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup  ## Rewrite files in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint test  ## Everything CI runs: lint, then all tests
+
+bench:  ## List the measurements and how to run them
+	@for file in $(wildcard benchmarks/*.py); do echo "  $(BIN)/python $$file"; done
+	@test -n "$(wildcard benchmarks/*.py)" || echo "no benchmarks in this checkout"
+	@test ! -f benchmarks/RESULTS.md || echo "results: benchmarks/RESULTS.md"
+
+docs:  ## List the documentation
+	@for file in README.md CONTRIBUTING.md CHANGELOG.md $(wildcard docs/*.md); do \
+	  test ! -f "$$file" || printf "  %-28s %s\n" "$$file" "$$(sed -n 's/^# //p;T;q' "$$file")"; done
+
+lock:  ## Renew requirements/cpu.txt from pyproject.toml (needs uv; find torch through UV_FIND_LINKS or UV_INDEX)
+	uv pip compile pyproject.toml --extra cpu --extra dev --python-version 3.11 --upgrade \
+	  --no-emit-find-links --no-emit-index-url --no-header --no-annotate --output-file requirements/cpu.txt
+
+clean:  ## Remove caches and build output; keeps .venv, assets and runs
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The numerics of the update as pure functions: advantages, losses, importance weights, log-probabilities."""

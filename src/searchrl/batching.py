@@ -1,0 +1,210 @@
+"""Samples to micro-batches: packed or padded, balanced over ranks. Pure; reductions are the caller's.
+
+A packed row holds whole trajectories one after another, and ``position_ids`` restart at each. transformers (≥
+5) derives the block-diagonal causal mask from those restarts, but only when called with
+``attention_mask=None`` *and* ``use_cache=False``: with a cache it attends across trajectories without a word.
+Padded rows need no mask either: padding is on the right, where causal attention cannot see it, and positions
+run on through it.
+
+Example, two trajectories packed into one row::
+
+    input_ids       a a a a a b b b
+    position_ids    0 1 2 3 4 0 1 2
+    segment_ids     0 0 0 0 0 1 1 1
+    loss_mask       0 0 1 1 1 0 1 1
+    sample_ids      [["0/0", "0/1"]]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from searchrl.trajectory import Sample
+
+PADDING_SEGMENT = -1
+"""``segment_ids`` at positions that hold no trajectory's token."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MicroBatch:
+    """What one forward and backward pass reads: B rows of T tokens, each row holding one or more segments."""
+
+    input_ids: Tensor
+    """long [B, T]; 0 at padding."""
+    position_ids: Tensor
+    """long [B, T], restarting at 0 with each segment; running on through padding."""
+    segment_ids: Tensor
+    """long [B, T], 0, 1, … within each row; -1 at padding."""
+    loss_mask: Tensor
+    """bool [B, T], True at sampled tokens."""
+    sampling_logprobs: Tensor
+    """float32 [B, T], the engine's at loss tokens, 0 elsewhere."""
+    advantages: Tensor
+    """float32 [B, T], the trajectory's advantage at loss tokens, 0 elsewhere."""
+    sample_ids: list[list[str]]
+    """Per row and segment, the id of the sample."""
+
+    @property
+    def trajectory_ids(self) -> list[str]:
+        """All sample ids, row by row: what ``trajectory_index`` points into."""
+        return [sample_id for row in self.sample_ids for sample_id in row]
+
+    @property
+    def trajectory_index(self) -> Tensor:
+        """Each token's entry, long [B, T], in ``trajectory_ids``; meaningless at padding."""
+        counts = [len(row) for row in self.sample_ids]
+        first = [sum(counts[:row]) for row in range(len(counts))]
+        return self.segment_ids + torch.tensor(first, device=self.segment_ids.device).unsqueeze(1)
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same micro-batch with its tensors on ``device``."""
+        return MicroBatch(
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            segment_ids=self.segment_ids.to(device),
+            loss_mask=self.loss_mask.to(device),
+            sampling_logprobs=self.sampling_logprobs.to(device),
+            advantages=self.advantages.to(device),
+            sample_ids=self.sample_ids,
+        )
+
+
+def pack(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:
+    """Pack whole trajectories into rows of at most ``max_tokens``, one row a micro-batch.
+
+    First fit, decreasing. A trajectory longer than ``max_tokens`` gets a row of its own. The fullest rows
+    come first, so that running out of memory shows at once; within a row, samples keep their order. On a CPU
+    attention costs T² a row: keep ``max_tokens`` near 1024.
+
+    Raises:
+        ValueError: ``max_tokens`` is not positive, a sample has no prompt, or a sampled token has no
+            log-probability.
+    """
+    lengths = _checked_lengths(samples, max_tokens)
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in _longest_first(lengths):
+        row = next((row for row, free in enumerate(room) if lengths[index] <= free), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(max_tokens)
+        rows[row].append(index)
+        room[row] -= lengths[index]
+    return [_build([[samples[index] for index in sorted(row)]]) for row in rows]
+
+
+def pad(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:
+    """One trajectory a row, rows of similar length together, padded on the right; longest first.
+
+    B × T ≤ ``max_tokens`` for each micro-batch, unless a single trajectory is longer.
+
+    Raises:
+        ValueError: as for :func:`pack`.
+    """
+    lengths = _checked_lengths(samples, max_tokens)
+    batches: list[list[int]] = []
+    for index in _longest_first(lengths):
+        # The first row of a batch is its longest, so its length is the width of all.
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return [_build([[samples[index]] for index in sorted(batch)]) for batch in batches]
+
+
+def balance(samples: Sequence[Sample], world_size: int) -> list[list[Sample]]:
+    """Distribute samples over ranks so that their token counts are close.
+
+    The longest sample goes first, each to the least loaded rank. Deterministic: ties go to the earlier
+    sample and the lower rank; each rank's samples keep their order. A rank may get none; it then runs
+    :func:`empty_microbatch`.
+
+    Raises:
+        ValueError: ``world_size`` is not positive.
+    """
+    if world_size < 1:
+        raise ValueError(f"world_size must be at least 1, got {world_size}")
+    lengths = [len(sample.trajectory.token_ids) for sample in samples]
+    assigned: list[list[int]] = [[] for _ in range(world_size)]
+    load = [0] * world_size
+    for index in _longest_first(lengths):
+        rank = load.index(min(load))
+        assigned[rank].append(index)
+        load[rank] += lengths[index]
+    return [[samples[index] for index in sorted(indices)] for indices in assigned]
+
+
+def empty_microbatch() -> MicroBatch:
+    """One row of two padding tokens without loss, for a rank that has no work while others do.
+
+    The loss is a sum over no tokens: 0, with a zero gradient for every parameter. So collectives match and
+    nothing changes.
+    """
+    return MicroBatch(
+        input_ids=torch.zeros(1, 2, dtype=torch.long),
+        position_ids=torch.arange(2).unsqueeze(0),
+        segment_ids=torch.full((1, 2), PADDING_SEGMENT),
+        loss_mask=torch.zeros(1, 2, dtype=torch.bool),
+        sampling_logprobs=torch.zeros(1, 2),
+        advantages=torch.zeros(1, 2),
+        sample_ids=[[]],
+    )
+
+
+def count_loss_tokens(samples: Iterable[Sample]) -> int:
+    """Loss tokens of these samples; summed over ranks, the denominator of the token-level loss."""
+    return sum(sample.trajectory.num_sampled for sample in samples)
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    """Indices by falling length; equal lengths keep their order."""
+    return sorted(range(len(lengths)), key=lambda index: -lengths[index])
+
+
+def _checked_lengths(samples: Sequence[Sample], max_tokens: int) -> list[int]:
+    """Tokens of each sample, once each sample is known to be whole."""
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    for sample in samples:
+        if not sample.trajectory.prompt_ids:
+            raise ValueError(f"sample {sample.id} has an empty prompt, so nothing predicts its first token")
+        for number, turn in enumerate(sample.trajectory.turns):
+            if len(turn.logprobs) != len(turn.token_ids):
+                raise ValueError(
+                    f"sample {sample.id}, turn {number}: {len(turn.logprobs)} log-probabilities for "
+                    f"{len(turn.token_ids)} sampled tokens"
+                )
+    return [len(sample.trajectory.token_ids) for sample in samples]
+
+
+def _build(rows: Sequence[Sequence[Sample]]) -> MicroBatch:
+    """Lay the samples of each row one after another and pad the rows on the right to the longest."""
+    width = max(sum(len(sample.trajectory.token_ids) for sample in row) for row in rows)
+    shape = (len(rows), width)
+    batch = MicroBatch(
+        input_ids=torch.zeros(shape, dtype=torch.long),
+        position_ids=torch.zeros(shape, dtype=torch.long),
+        segment_ids=torch.full(shape, PADDING_SEGMENT),
+        loss_mask=torch.zeros(shape, dtype=torch.bool),
+        sampling_logprobs=torch.zeros(shape),
+        advantages=torch.zeros(shape),
+        sample_ids=[[sample.id for sample in row] for row in rows],
+    )
+    for number, row in enumerate(rows):
+        start = 0
+        for segment, sample in enumerate(row):
+            mask = torch.tensor(sample.trajectory.loss_mask)
+            part = (number, slice(start, start + len(mask)))
+            batch.input_ids[part] = torch.tensor(sample.trajectory.token_ids)
+            # To the end of the row: the next segment overwrites it, and padding after the last one runs on.
+            batch.position_ids[number, start:] = torch.arange(width - start)
+            batch.segment_ids[part] = segment
+            batch.loss_mask[part] = mask
+            batch.sampling_logprobs[part] = torch.tensor(sample.trajectory.logprobs)
+            batch.advantages[part] = sample.advantage * mask
+            start += len(mask)
+    return batch

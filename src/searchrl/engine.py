@@ -1,0 +1,227 @@
+"""The sampling engine: one in-process vLLM engine per rank. The only module that touches vLLM.
+
+Episodes are coroutines that await ``generate``. One driver task steps the engine in a worker thread, so
+that searches are answered while others generate; requests are added and aborted only between steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from searchrl.config import DType, EngineConfig
+from searchrl.distributed import World, seed_everything
+from searchrl.protocol import STOP_STRINGS
+from searchrl.trajectory import Finish
+
+if TYPE_CHECKING:
+    import torch
+
+
+class EngineError(RuntimeError):
+    """The engine cannot do what was asked; the message says why."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class GenerationRequest:
+    """One generation."""
+
+    prompt_ids: list[int]
+    """[P] the whole stream so far."""
+    max_tokens: int
+    temperature: float
+    """0: greedy."""
+    top_p: float
+    top_k: int
+    seed: int
+    stop: tuple[str, ...] = STOP_STRINGS
+    """Strings that end the generation; they stay in the ids."""
+    ignore_eos: bool = False
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Generation:
+    """What the engine sampled."""
+
+    token_ids: list[int]
+    """[S] verbatim, the stop token included."""
+    logprobs: list[float]
+    """[S] under the distribution really sampled from."""
+    finish: Finish
+
+
+class Engine:
+    """A vLLM engine on this rank's device, tensor-parallel size 1."""
+
+    def __init__(
+        self,
+        model: Path | str,
+        config: EngineConfig,
+        *,
+        dtype: DType,
+        max_context_tokens: int,
+        seed: int,
+        world: World,
+    ) -> None:
+        """Load the model. torch.distributed must be initialised; global seeds are restored afterwards.
+
+        Args:
+            model: local folder or hub name.
+            config: engine settings.
+            dtype: number format of weights and activations.
+            max_context_tokens: longest stream.
+            seed: global seed to restore.
+            world: this rank.
+        """
+        from vllm import LLM
+
+        local_world_size = os.environ.get("LOCAL_WORLD_SIZE")
+        self._llm = LLM(
+            model=str(model),
+            dtype=str(dtype),
+            distributed_executor_backend="external_launcher",
+            tensor_parallel_size=1,
+            enforce_eager=config.enforce_eager or world.device == "cpu",
+            max_model_len=max_context_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=max(config.max_num_batched_tokens, max_context_tokens),
+            kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),
+            block_size=config.block_size,
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            seed=seed,
+            use_tqdm_on_load=False,
+            disable_log_stats=True,
+        )
+        if local_world_size is not None:  # external_launcher overwrites it with the tensor-parallel size
+            os.environ["LOCAL_WORLD_SIZE"] = local_world_size
+        seed_everything(seed)
+        self._engine = self._llm.llm_engine
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._ids = itertools.count()
+        self._inbox: list[tuple[str, GenerationRequest]] = []
+        self._cancelled: list[str] = []
+        self._futures: dict[str, asyncio.Future[Generation]] = {}
+        self._driver: asyncio.Task[None] | None = None
+        self.policy_version = 0
+        """Version of the weights, stamped on every turn."""
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """Sample one continuation. Any number may be awaited at the same time."""
+        request_id = str(next(self._ids))
+        future: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
+        self._futures[request_id] = future
+        self._inbox.append((request_id, request))
+        if self._driver is None or self._driver.done():
+            self._driver = asyncio.create_task(self._drive())
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if self._futures.pop(request_id, None) is not None:
+                self._cancelled.append(request_id)
+            raise
+
+    async def _drive(self) -> None:
+        """Step the engine until nobody waits. An error of the engine reaches everybody who waits."""
+        loop = asyncio.get_running_loop()
+        try:
+            while self._futures or self._cancelled:
+                inbox, self._inbox = self._inbox, []
+                cancelled, self._cancelled = self._cancelled, []
+                outputs = await loop.run_in_executor(self._thread, self._step, inbox, cancelled)
+                for request_id, generation in outputs:
+                    future = self._futures.pop(request_id, None)
+                    if future is not None and not future.done():
+                        future.set_result(generation)
+        except BaseException as error:
+            waiting, self._futures, self._inbox = self._futures, {}, []
+            for future in waiting.values():
+                if not future.done():
+                    future.set_exception(EngineError(f"the engine failed: {error!r}"))
+            raise
+
+    def _step(
+        self, inbox: Sequence[tuple[str, GenerationRequest]], cancelled: Sequence[str]
+    ) -> list[tuple[str, Generation]]:
+        if cancelled:
+            self._engine.abort_request(list(cancelled))
+        gone = set(cancelled)
+        for request_id, request in inbox:
+            if request_id not in gone:
+                prompt = {"prompt_token_ids": request.prompt_ids}
+                self._engine.add_request(request_id, prompt, _sampling_params(request))
+        if not self._engine.has_unfinished_requests():
+            return []
+        outputs = [output for output in self._engine.step() if output.finished]
+        return [(output.request_id, _generation(output.outputs[0])) for output in outputs]
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int) -> None:
+        """Replace all weights by a checkpoint's (name, tensor) pairs and forget every cached prefix."""
+        if self._engine.has_unfinished_requests():
+            raise EngineError("weights cannot be replaced while requests run")
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        self._llm.apply_model(_refresh_tied_head)
+        self.reset_prefix_cache()
+        self.policy_version = policy_version
+
+    def reset_prefix_cache(self) -> None:
+        """Forget cached keys and values, which belong to the weights that computed them."""
+        if not self._engine.reset_prefix_cache():
+            raise EngineError("the prefix cache could not be reset: requests are still running")
+
+    def apply_to_model(self, function: Any) -> Any:
+        """Call ``function(model)`` on the loaded module; for tests that damage weights on purpose."""
+        return self._llm.apply_model(function)[0]
+
+    def shutdown(self) -> None:
+        """Stop. Destroys the default process group as well, so it is the last thing a rank does."""
+        self._thread.shutdown()
+        self._engine.engine_core.shutdown()
+
+
+def _refresh_tied_head(model: Any) -> None:
+    """Repack a tied head: the CPU build's prepacked copy goes stale when the embedding is reloaded."""
+    head = getattr(model, "lm_head", None)
+    embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
+    if head is not None and embedding is not None and head.weight is embedding.weight:
+        head.quant_method.process_weights_after_loading(head)
+
+
+def _sampling_params(request: GenerationRequest) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=request.top_k,
+        max_tokens=request.max_tokens,
+        seed=request.seed,
+        stop=list(request.stop),
+        include_stop_str_in_output=True,
+        ignore_eos=request.ignore_eos,
+        detokenize=bool(request.stop),
+        logprobs=0,
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _generation(output: Any) -> Generation:
+    if output.finish_reason == "length":
+        finish = Finish.LENGTH
+    elif output.finish_reason == "stop":
+        finish = Finish.STOP if isinstance(output.stop_reason, str) else Finish.EOS
+    else:
+        raise EngineError(f"a generation ended with finish_reason={output.finish_reason!r}")
+    logprobs = [float(value) for value in output.logprobs.logprobs]
+    token_ids = [int(i) for i in output.token_ids]
+    if len(logprobs) != len(token_ids):
+        raise EngineError(f"{len(token_ids)} tokens came with {len(logprobs)} log-probabilities")
+    return Generation(token_ids=token_ids, logprobs=logprobs, finish=finish)

@@ -1,0 +1,100 @@
+"""Numbers of a step: counted on every rank, reduced once, written to every sink under the same names."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from searchrl.config import LoggerConfig, WandbMode
+from searchrl.distributed import gather_objects
+
+
+@dataclass(slots=True)
+class Tally:
+    """Means by name as (sum, weight), so that the mean over ranks is the mean over everything."""
+
+    totals: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def add(self, name: str, value: float, weight: float = 1.0) -> None:
+        """Add one observation; ``value`` is already multiplied by ``weight``."""
+        total, count = self.totals.get(name, (0.0, 0.0))
+        self.totals[name] = (total + value, count + weight)
+
+    def reduce(self) -> dict[str, float]:
+        """Means over all ranks; a name without weight anywhere is left out. A collective."""
+        merged: dict[str, tuple[float, float]] = {}
+        for totals in gather_objects(self.totals):
+            for name, (value, weight) in totals.items():
+                total, count = merged.get(name, (0.0, 0.0))
+                merged[name] = (total + value, count + weight)
+        return {name: total / count for name, (total, count) in merged.items() if count > 0}
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds by phase of one step."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Add the block's wall time to ``phase``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def metrics(self) -> dict[str, float]:
+        """``time/<phase>`` in seconds, and their sum as ``time/step``."""
+        named = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+        return named | {"time/step": sum(self.seconds.values())}
+
+
+class MetricLog:
+    """``metrics.jsonl`` and, if asked for, Weights & Biases. Used on the main rank only."""
+
+    def __init__(self, run_dir: Path, config: LoggerConfig, run_config: dict[str, Any]) -> None:
+        """Open the sinks.
+
+        Args:
+            run_dir: the run directory.
+            config: which sinks.
+            run_config: the resolved configuration, recorded by Weights & Biases.
+        """
+        self._file: TextIO = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._wandb: Any = None
+        if config.wandb is not WandbMode.disabled:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.wandb_project,
+                name=run_dir.name,
+                dir=str(run_dir),
+                mode="online" if config.wandb is WandbMode.online else "offline",
+                config=run_config,
+            )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One record: ``step`` and the values."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        """Flush and close the sinks."""
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The ``q``-quantile (0 to 1) by nearest rank; 0.0 for no values."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else 0.0

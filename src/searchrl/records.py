@@ -1,0 +1,102 @@
+"""What a rollout amounts to: its metrics, and its trajectories written out for reading."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from searchrl.metrics import Tally
+from searchrl.rewards import Reward, ScoredGroup, contains_answer
+from searchrl.trajectory import Outcome, Provenance, Trajectory, Turn
+
+
+def rollout_tally(scored: Sequence[ScoredGroup]) -> Tally:
+    """Metrics of PROTOCOL §5 over the trajectories that are not void, and outcomes over all."""
+    tally = Tally()
+    for item in scored:
+        for trajectory in item.group.trajectories:
+            for outcome in Outcome:
+                tally.add(f"rollout/outcome/{outcome}", float(trajectory.outcome is outcome))
+            tally.add("rollout/void", float(trajectory.outcome.is_void))
+        for _, trajectory, reward in item.survivors:
+            _add_trajectory(tally, trajectory, reward, item.group.example.golden_answers)
+            if hops := item.group.example.hops:
+                tally.add(f"reward/exact_match_{hops}_hop", reward.exact_match)
+                tally.add(f"search_r1/search_calls_{hops}_hop", trajectory.num_searches)
+    return tally
+
+
+def _add_trajectory(
+    tally: Tally, trajectory: Trajectory, reward: Reward, golden_answers: Sequence[str]
+) -> None:
+    provenance = trajectory.provenance
+    response = len(provenance) - len(trajectory.prompt_ids)
+    observed = sum(tag is Provenance.OBSERVATION for tag in provenance)
+    tally.add("reward/mean", reward.total)
+    tally.add("reward/exact_match", reward.exact_match)
+    tally.add("reward/format", reward.format_credit)
+    tally.add("reward/valid_format", float(reward.valid_format))
+    tally.add("search_r1/turns_per_sample", len(trajectory.turns))
+    tally.add("search_r1/search_calls_per_sample", trajectory.num_searches)
+    tally.add("loss_mask/observation_fraction", observed, response)
+    tally.add("rollout/response_tokens", response)
+    tally.add("rollout/sampled_tokens", trajectory.num_sampled)
+    tally.add("retrieval/hit", float(reward.retrieval_hit))
+    for turn in trajectory.turns:
+        tally.add("rollout/invalid_turns", float(turn.is_invalid))
+        if turn.call is not None:
+            tally.add("rollout/queries_cut", float(turn.call.truncated))
+        if turn.result is not None:
+            found = any(contains_answer(d.contents, golden_answers) for d in turn.result.documents)
+            tally.add("retrieval/recall_at_k", float(found))
+
+
+def write_trajectories(path: Path, scored: Sequence[ScoredGroup]) -> None:
+    """One JSON line per trajectory: question, turns as text, masks as runs, documents, scores."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for item in scored:
+            pairs = zip(item.group.trajectories, item.rewards, strict=True)
+            for index, (trajectory, reward) in enumerate(pairs):
+                file.write(json.dumps(_record(item, index, trajectory, reward), ensure_ascii=False) + "\n")
+
+
+def _record(item: ScoredGroup, index: int, trajectory: Trajectory, reward: Reward | None) -> dict[str, Any]:
+    example = item.group.example
+    return {
+        "id": f"{item.group.id}/{index}",
+        "question_id": example.id,
+        "question": example.question,
+        "golden_answers": example.golden_answers,
+        "hops": example.hops,
+        "outcome": trajectory.outcome,
+        "answer": trajectory.answer,
+        "error": trajectory.error,
+        "reward": None if reward is None else reward.total,
+        "exact_match": None if reward is None else reward.exact_match,
+        "valid_format": None if reward is None else reward.valid_format,
+        "retrieval_hit": None if reward is None else reward.retrieval_hit,
+        "provenance": [[tag, len(list(run))] for tag, run in groupby(trajectory.provenance)],
+        "turns": [_turn_record(turn) for turn in trajectory.turns],
+    }
+
+
+def _turn_record(turn: Turn) -> dict[str, Any]:
+    return {
+        "sampled": turn.text,
+        "finish": turn.finish,
+        "policy_version": turn.policy_version,
+        "token_ids": turn.token_ids,
+        "logprobs": [round(value, 4) for value in turn.logprobs],
+        "query": None if turn.call is None else turn.call.query,
+        "documents": [
+            {"id": document.id, "title": document.title, "score": round(document.score, 4)}
+            for document in (turn.result.documents if turn.result is not None else ())
+        ],
+        "search_seconds": None if turn.result is None else round(turn.result.seconds, 4),
+        "appended": turn.observation_text,
+        "appended_by": turn.observation_provenance if turn.observation_ids else None,
+    }

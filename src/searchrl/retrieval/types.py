@@ -1,0 +1,69 @@
+"""The two protocols of the package, what they return, and the one error that a retriever raises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import NamedTuple, Protocol
+
+from searchrl.trajectory import Document
+
+
+class FailureKind(StrEnum):
+    """Why a search brought no answer."""
+
+    TIMEOUT = "timeout"
+    """No answer in time, after all retries."""
+    UNAVAILABLE = "unavailable"
+    """No connection, a broken one, or a server error."""
+    BAD_RESPONSE = "bad_response"
+    """An answer arrived that is not in the wire format."""
+    REJECTED = "rejected"
+    """The server refused this query (4xx). The only kind that says something about the query."""
+    OVERLOADED = "overloaded"
+    """The server's queue was full (503 or 429), after all retries."""
+
+
+class RetrievalError(RuntimeError):
+    """A search that failed. Never confused with a search that found nothing, which is an empty list."""
+
+    def __init__(self, message: str, *, kind: FailureKind) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    @property
+    def is_infrastructure(self) -> bool:
+        """True if the failure says nothing about the query, hence nothing about the policy that wrote it."""
+        return self.kind is not FailureKind.REJECTED
+
+
+class Retriever(Protocol):
+    """What an episode searches with."""
+
+    async def search(self, query: str, top_k: int) -> list[Document]:
+        """Return at most ``top_k`` documents, best first; raise `RetrievalError` if the search failed."""
+        ...
+
+    async def aclose(self) -> None:
+        """Release connections. Searches still waiting fail with `RetrievalError`."""
+        ...
+
+
+class Hit(NamedTuple):
+    """One found row of the corpus; higher scores are better."""
+
+    row: int
+    score: float
+
+
+class Index(Protocol):
+    """A synchronous index over corpus rows; used by one thread at a time."""
+
+    @property
+    def size(self) -> int:
+        """Number of corpus rows in the index."""
+        ...
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit]]:
+        """Return for each query at most ``top_k`` hits, by falling score, equal scores by rising row."""
+        ...

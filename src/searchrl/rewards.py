@@ -1,0 +1,125 @@
+"""What a trajectory earns. Pure functions of (trajectory, example); only sampled text is looked at.
+
+Observations are recognised by provenance, never by searching for tags, so nothing that was retrieved can
+be rewarded; the prompt contains example tags and is never scored.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from searchrl.config import RewardKind
+from searchrl.trajectory import Example, Group, Outcome, Trajectory
+
+FORMAT_CREDIT = 0.2
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_BODY = r"(?:(?!</?(?:think|search|information|answer)>).)*"
+_SEARCH_TURN = re.compile(rf"\s*<think>{_BODY}</think>\s*<search>{_BODY}</search>\s*", re.DOTALL)
+_ANSWER_TURN = re.compile(rf"\s*<think>{_BODY}</think>\s*<answer>{_BODY}</answer>\s*", re.DOTALL)
+
+
+def normalize(text: str) -> str:
+    """Lower-case, drop ASCII punctuation and the articles a/an/the, collapse white space (SQuAD's rule)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(answer: str | None, golden_answers: Sequence[str]) -> bool:
+    """True if the normalised answer equals any normalised gold; an empty one on either side never does."""
+    prediction = normalize(answer or "")
+    return bool(prediction) and any(normalize(gold) == prediction for gold in golden_answers)
+
+
+def is_valid_format(trajectory: Trajectory, eos_text: str) -> bool:
+    """Think, then (search, think)*, then answer; all text inside tags; after the answer only the stop token.
+
+    Args:
+        trajectory: the finished episode.
+        eos_text: the end-of-message token as text, allowed once at the very end.
+    """
+    if trajectory.outcome is not Outcome.ANSWERED or any(turn.is_invalid for turn in trajectory.turns):
+        return False
+    *searches, last = trajectory.turns
+    if not all(_SEARCH_TURN.fullmatch(turn.text) for turn in searches):
+        return False
+    return _ANSWER_TURN.fullmatch(last.text.removesuffix(eos_text)) is not None
+
+
+def contains_answer(text: str, golden_answers: Sequence[str]) -> bool:
+    """True if a gold answer is a whole-token subsequence of the text, both normalised."""
+    padded = f" {normalize(text)} "
+    golds = (normalize(gold) for gold in golden_answers)
+    return any(gold and f" {gold} " in padded for gold in golds)
+
+
+def is_retrieval_hit(trajectory: Trajectory, example: Example) -> bool:
+    """True if any retrieved document contains a gold answer."""
+    return any(
+        contains_answer(document.contents, example.golden_answers)
+        for turn in trajectory.turns
+        if turn.result is not None
+        for document in turn.result.documents
+    )
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Reward:
+    """A trajectory's reward and its components, logged by name."""
+
+    total: float
+    exact_match: float
+    """0 or 1."""
+    format_credit: float
+    """What the format added to ``total``; 0 under presets without format credit."""
+    valid_format: bool
+    retrieval_hit: bool
+
+
+def score(trajectory: Trajectory, example: Example, kind: RewardKind, eos_text: str) -> Reward:
+    """Score one trajectory.
+
+    Raises:
+        ValueError: the trajectory is void: a failure is never a reward of 0.
+    """
+    if trajectory.outcome.is_void:
+        raise ValueError(
+            f"a void trajectory ({trajectory.outcome}) of question {example.id} cannot be scored"
+        )
+    matched = float(exact_match(trajectory.answer, example.golden_answers))
+    valid = is_valid_format(trajectory, eos_text)
+    credit = FORMAT_CREDIT * valid if kind is RewardKind.em_plus_format else 0.0
+    return Reward(
+        total=matched + credit,
+        exact_match=matched,
+        format_credit=credit,
+        valid_format=valid,
+        retrieval_hit=is_retrieval_hit(trajectory, example),
+    )
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class ScoredGroup:
+    """A group with its rewards."""
+
+    group: Group
+    rewards: list[Reward | None]
+    """One per trajectory, in order; None for a void one."""
+
+    @property
+    def survivors(self) -> list[tuple[int, Trajectory, Reward]]:
+        """(index, trajectory, reward) of those that are not void."""
+        pairs = zip(self.group.trajectories, self.rewards, strict=True)
+        return [(i, trajectory, reward) for i, (trajectory, reward) in enumerate(pairs) if reward is not None]
+
+
+def score_group(group: Group, kind: RewardKind, eos_text: str) -> ScoredGroup:
+    """Score every trajectory that is not void."""
+    rewards = [
+        None if trajectory.outcome.is_void else score(trajectory, group.example, kind, eos_text)
+        for trajectory in group.trajectories
+    ]
+    return ScoredGroup(group=group, rewards=rewards)

@@ -1,0 +1,180 @@
+"""Builds what a run works with, in the order that the libraries need, and takes it down again."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from searchrl.actor import Actor, init_communication
+from searchrl.config import Config, IndexKind, RetrievalKind
+from searchrl.console import Console
+from searchrl.data.readers import read_examples
+from searchrl.data.sampler import fingerprint
+from searchrl.distributed import World, barrier, broadcast_object, init_world
+from searchrl.engine import Engine
+from searchrl.models import resolve_model
+from searchrl.protocol import Protocol, load_tokenizer
+from searchrl.retrieval.client import HttpRetriever
+from searchrl.retrieval.embedded import EmbeddedServer
+from searchrl.retrieval.none import NoRetriever
+from searchrl.retrieval.types import Retriever
+from searchrl.rollout import Rollout
+from searchrl.tools import SearchTool
+from searchrl.trajectory import Example
+from searchrl.warmstart import WarmstartInputs, warmstart
+
+SHUFFLE_SEED = 1
+"""Which unrelated passages ``retrieval.shuffle_documents`` returns: the same in every run."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """One rank's parts."""
+
+    cfg: Config
+    world: World
+    console: Console
+    runner: asyncio.Runner
+    """One event loop for the whole run: engine and search connections live in it."""
+    run_dir: Path
+    tokenizer: Any
+    protocol: Protocol
+    retriever: Retriever
+    train_examples: list[Example]
+    eval_examples: list[Example]
+    model: Path | str
+    """The initial policy, warm start included."""
+    engine: Engine
+    rollout: Rollout
+
+
+@contextmanager
+def open_run(cfg: Config) -> Iterator[Run]:
+    """Data, retriever, warm start and engine; stops what it started, whatever happens."""
+    world = init_world(cfg.device)
+    console = Console(enabled=world.is_main)
+    train_examples, eval_examples = load_questions(cfg)
+    init_communication(world)
+    with ExitStack() as stack:
+        runner = stack.enter_context(asyncio.Runner())
+        model = resolve_model(cfg.checkpoint or cfg.model.path, Path(cfg.assets))
+        tokenizer = load_tokenizer(model)
+        protocol = Protocol(tokenizer, cfg.episode)
+        retriever = stack.enter_context(open_retriever(cfg, world, console))
+        stack.callback(lambda: runner.run(retriever.aclose()))
+        tool = SearchTool(retriever, top_k=cfg.episode.top_k)
+        if cfg.warmstart.demonstrations > 0 and not cfg.checkpoint:
+            inputs = WarmstartInputs(
+                model=model,
+                tokenizer=tokenizer,
+                protocol=protocol,
+                tool=tool,
+                examples=train_examples,
+                fingerprint=f"{cfg.model.path} {fingerprint(train_examples)} {_index_name(cfg)}",
+            )
+            model = warmstart(cfg, inputs, world=world, runner=runner, console=console)
+        console.say(f"engine: loading {model}")
+        engine = Engine(
+            model,
+            cfg.engine,
+            dtype=cfg.model.dtype,
+            max_context_tokens=cfg.episode.max_context_tokens,
+            seed=cfg.seed,
+            world=world,
+        )
+        rollout = Rollout(engine=engine, protocol=protocol, tool=tool, limits=cfg.episode, seed=cfg.seed)
+        yield Run(
+            cfg=cfg,
+            world=world,
+            console=console,
+            runner=runner,
+            run_dir=Path(cfg.run_dir),
+            tokenizer=tokenizer,
+            protocol=protocol,
+            retriever=retriever,
+            train_examples=train_examples,
+            eval_examples=eval_examples,
+            model=model,
+            engine=engine,
+            rollout=rollout,
+        )
+
+
+def load_questions(cfg: Config) -> tuple[list[Example], list[Example]]:
+    """Training and held-out questions.
+
+    Raises:
+        DataError: a file is missing or malformed.
+    """
+    return read_examples(Path(cfg.data.train)), read_examples(Path(cfg.data.eval))
+
+
+def make_actor(run: Run) -> Actor:
+    """The trained policy, starting from the run's model."""
+    cfg = run.cfg
+    return Actor(
+        run.model,
+        model=cfg.model,
+        optimizer=cfg.optimizer,
+        zero_stage=cfg.deepspeed.zero_stage,
+        temperature=cfg.sampling.temperature,
+        logprob_chunk=cfg.batching.logprob_chunk,
+        total_steps=cfg.steps,
+        seed=cfg.seed,
+        world=run.world,
+    )
+
+
+@contextmanager
+def open_retriever(cfg: Config, world: World, console: Console) -> Iterator[Retriever]:
+    """The configured retriever. An embedded server is started by the main rank and shared by all."""
+    retrieval = cfg.retrieval
+    match retrieval.kind:
+        case RetrievalKind.none:
+            yield NoRetriever()
+        case RetrievalKind.http:
+            yield HttpRetriever(retrieval.urls, timeout_s=retrieval.timeout_s)
+        case RetrievalKind.embedded:
+            with ExitStack() as stack:
+                url = stack.enter_context(_embedded_server(cfg, console)).url if world.is_main else ""
+                yield HttpRetriever([broadcast_object(url)], timeout_s=retrieval.timeout_s)
+                barrier()  # the server stays until every rank has had its last answer
+
+
+def _embedded_server(cfg: Config, console: Console) -> EmbeddedServer:
+    from searchrl.retrieval.build import build_index
+    from searchrl.retrieval.encoder import EncoderFamily
+
+    corpus = Path(cfg.retrieval.corpus)
+    # Not beside the corpus: building a data set anew replaces its whole folder.
+    index = Path(cfg.assets) / "indexes" / f"{corpus.parent.name}-{_index_name(cfg)}"
+    encoder = None
+    if cfg.retrieval.index is not IndexKind.bm25:
+        encoder = Path(resolve_model(cfg.retrieval.encoder, Path(cfg.assets)))
+    console.say(f"retriever: {cfg.retrieval.index} index over {corpus}, in {index}")
+    build_index(
+        corpus,
+        index,
+        kind=cfg.retrieval.index,
+        encoder_path=encoder,
+        encoder_family=EncoderFamily(cfg.retrieval.encoder_family),
+    )
+    return EmbeddedServer(
+        index,
+        corpus,
+        log_path=Path(cfg.run_dir) / "retriever.log",
+        encoder_path=encoder,
+        shuffle_seed=SHUFFLE_SEED if cfg.retrieval.shuffle_documents else None,
+    )
+
+
+def _index_name(cfg: Config) -> str:
+    """Folder name of the index: its kind and, if it has one, the encoder."""
+    if cfg.retrieval.index is IndexKind.bm25:
+        return str(IndexKind.bm25)
+    return f"{cfg.retrieval.index}-{hashlib.sha256(cfg.retrieval.encoder.encode()).hexdigest()[:8]}"

@@ -1,0 +1,257 @@
+"""The training loop, top to bottom: questions, episodes, rewards, advantages, one optimizer step, sync."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from searchrl.actor import Actor, Reference, StepStats
+from searchrl.batching import balance, count_loss_tokens, pack
+from searchrl.checkpoint import Checkpoints
+from searchrl.config import Config
+from searchrl.data.sampler import Sampler
+from searchrl.distributed import gather_objects, reduce_values
+from searchrl.evaluate import (
+    COMPARISON_COLUMNS,
+    TABLE_COLUMNS,
+    Result,
+    comparison_rows,
+    eval_metrics,
+    evaluate,
+    load_results,
+    save_results,
+    table_rows,
+)
+from searchrl.metrics import Clock, MetricLog
+from searchrl.objective import PolicyObjective, to_samples
+from searchrl.records import rollout_tally, write_trajectories
+from searchrl.retrieval.client import HttpRetriever
+from searchrl.rewards import ScoredGroup, score_group
+from searchrl.setup import Run, make_actor, open_run
+from searchrl.trajectory import Sample
+from searchrl.weight_sync import WeightSync
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says why and what to do."""
+
+
+def train(cfg: Config, resolved: dict[str, Any]) -> Path:
+    """Train, evaluate before and after, and return the folder of the final model.
+
+    Args:
+        cfg: a validated configuration.
+        resolved: the same as plain containers, for the logs.
+    """
+    with open_run(cfg) as run:
+        actor = make_actor(run)
+        reference = _reference(run)
+        sampler = _sampler(run)
+        checkpoints = Checkpoints(folder=run.run_dir / "checkpoints", keep=cfg.saving.keep, world=run.world)
+        sync = _weight_sync(run, actor)
+        log = MetricLog(run.run_dir, cfg.logger, resolved) if run.world.is_main else None
+        start = _resume(run, actor, sampler, checkpoints) if cfg.resume else 0
+        first = sync(run.runner, version=start)
+        run.console.say(f"sync: engine and trainer agree to {first.probe_max_abs_diff:.2g} nats")
+        before = _evaluate_before(run, start)
+
+        for step in range(start, cfg.steps):
+            clock = Clock()
+            with clock("rollout"):
+                scored = _rollout(run, sampler, step)
+            samples = to_samples(scored)
+            with clock("update"):
+                update, objective = _update(run, actor, reference, samples, step)
+            with clock("sync"):
+                synced = sync(run.runner, version=step + 1)
+            metrics = _step_metrics(run, scored, samples) | objective.metrics() | synced.metrics()
+            if update is not None:
+                metrics |= {"update/grad_norm": update.grad_norm, "update/lr": update.lr}
+            metrics |= clock.metrics()
+            write_trajectories(
+                run.run_dir / "trajectories" / f"step-{step + 1:06d}.rank{run.world.rank}.jsonl", scored
+            )
+            if cfg.eval.every and (step + 1) % cfg.eval.every == 0 and step + 1 < cfg.steps:
+                metrics |= eval_metrics(_evaluate(run, step + 1, cfg.eval.interim_questions))
+            if log is not None:
+                log.write(step + 1, metrics)
+            run.console.step(step + 1, cfg.steps, metrics)
+            if cfg.saving.every and (step + 1) % cfg.saving.every == 0:
+                checkpoints.save(actor, step=step + 1, sampler=sampler.state_dict())
+
+        checkpoints.save(actor, step=max(start, cfg.steps), sampler=sampler.state_dict())
+        final = run.run_dir / "model"
+        actor.export(final, run.tokenizer)
+        after = _evaluate(run, cfg.steps, cfg.eval.questions)
+        if log is not None:
+            log.write(cfg.steps, eval_metrics(after))
+            log.close()
+        _report(run, before, after, final)
+        return final
+
+
+def _rollout(run: Run, sampler: Sampler, step: int) -> list[ScoredGroup]:
+    """This rank's groups of the step, scored."""
+    cfg, world = run.cfg, run.world
+    share = cfg.groups_per_step // world.size
+    with run.console.progress(f"step {step + 1} episodes", share * cfg.group_size) as advance:
+        groups = run.runner.run(
+            run.rollout.groups(
+                sampler.take(),
+                first_group=step * cfg.groups_per_step + world.rank * share,
+                group_size=cfg.group_size,
+                sampling=cfg.sampling,
+                on_finish=advance,
+            )
+        )
+    scored = [score_group(group, cfg.reward.kind, run.protocol.eos_text) for group in groups]
+    _check_failures(run, scored)
+    return scored
+
+
+def _check_failures(run: Run, scored: Sequence[ScoredGroup]) -> None:
+    """Stop when searches fail too often: what survives is no fair sample of the questions."""
+    errors = [t.error for item in scored for t in item.group.trajectories if t.outcome.is_void]
+    total = sum(len(item.rewards) for item in scored)
+    failed, total = (int(x) for x in reduce_values([len(errors), total], "sum"))
+    if failed > run.cfg.retrieval.max_failed_fraction * total:
+        reasons = sorted({str(error) for part in gather_objects(errors) for error in part})
+        raise TrainingError(
+            f"{failed} of {total} trajectories are void, more than retrieval.max_failed_fraction="
+            f"{run.cfg.retrieval.max_failed_fraction:g} allows; the searches failed with: "
+            + "; ".join(reasons[:3])
+        )
+
+
+def _update(
+    run: Run, actor: Actor, reference: Reference | None, samples: list[Sample], step: int
+) -> tuple[StepStats | None, PolicyObjective]:
+    """One optimizer step over all ranks' samples; none if no group anywhere had a signal."""
+    cfg = run.cfg
+    objective = PolicyObjective(cfg.loss, cfg.importance, reference)
+    everything = [sample for part in gather_objects(samples) for sample in part]
+    if not everything:
+        return None, objective
+    mine = balance(everything, run.world.size)[run.world.rank]
+    stats = actor.update(
+        pack(mine, cfg.batching.max_tokens),
+        objective,
+        denominator=count_loss_tokens(everything),
+        step=step,
+    )
+    return stats, objective
+
+
+def _step_metrics(run: Run, scored: Sequence[ScoredGroup], samples: Sequence[Sample]) -> dict[str, float]:
+    tally = rollout_tally(scored)
+    informative = {sample.id.partition("/")[0] for sample in samples}
+    for item in scored:
+        tally.add("rollout/informative_groups", float(str(item.group.id) in informative))
+    metrics = tally.reduce()
+    metrics["rollout/zero_variance_groups"] = run.cfg.groups_per_step * (
+        1.0 - metrics["rollout/informative_groups"]
+    )
+    metrics["update/trained_tokens"] = reduce_values(
+        [sum(len(sample.trajectory.token_ids) for sample in samples)], "sum"
+    )[0]
+    if isinstance(run.retriever, HttpRetriever):
+        stats = run.retriever.stats()
+        metrics |= {
+            "retrieval/latency_p50": stats.p50_s,
+            "retrieval/latency_p99": stats.p99_s,
+            "retrieval/failed": float(stats.failed),
+        }
+    return metrics
+
+
+def _reference(run: Run) -> Reference | None:
+    cfg = run.cfg
+    if cfg.loss.kl_coef == 0.0:
+        return None
+    return Reference(
+        run.model,
+        model=cfg.model,
+        temperature=cfg.sampling.temperature,
+        logprob_chunk=cfg.batching.logprob_chunk,
+        world=run.world,
+    )
+
+
+def _sampler(run: Run) -> Sampler:
+    hops = run.cfg.data.train_hops
+    return Sampler(
+        [example for example in run.train_examples if not hops or example.hops in hops],
+        batch_size=run.cfg.groups_per_step,
+        seed=run.cfg.seed,
+        rank=run.world.rank,
+        world_size=run.world.size,
+    )
+
+
+def _weight_sync(run: Run, actor: Actor) -> WeightSync:
+    prompts = [run.protocol.prompt(example) for example in run.train_examples[:256]]
+    prompts = sorted(prompts, key=len)[-run.cfg.sync.probe_sequences :]  # long ones fill whole cache blocks
+    return WeightSync(
+        actor=actor,
+        engine=run.engine,
+        config=run.cfg.sync,
+        temperature=run.cfg.sampling.temperature,
+        prompts=prompts,
+    )
+
+
+def _resume(run: Run, actor: Actor, sampler: Sampler, checkpoints: Checkpoints) -> int:
+    state = checkpoints.resume(actor)
+    if state is None:
+        run.console.say(f"resume: no checkpoint in {checkpoints.folder}, starting from the beginning")
+        return 0
+    sampler.load_state_dict(state["sampler"])
+    run.console.say(f"resume: continuing after step {state['step']}")
+    return int(state["step"])
+
+
+def _evaluate(run: Run, step: int, questions: int) -> list[Result]:
+    examples = run.eval_examples[:questions] if questions else run.eval_examples
+    with run.console.progress(
+        f"evaluation after step {step}", len(examples[run.world.rank :: run.world.size])
+    ) as advance:
+        results = evaluate(
+            run.rollout,
+            run.runner,
+            examples,
+            eos_text=run.protocol.eos_text,
+            world=run.world,
+            log=run.run_dir / "trajectories" / f"eval-{step:06d}.rank{run.world.rank}.jsonl",
+            on_finish=advance,
+        )
+    if run.world.is_main:
+        save_results(run.run_dir / "eval" / f"step-{step:06d}.json", results)
+    run.console.table(f"after step {step}", TABLE_COLUMNS, table_rows(results))
+    return results
+
+
+def _evaluate_before(run: Run, start: int) -> list[Result] | None:
+    """The initial policy's results: measured now or, in a resumed run, read back."""
+    saved = run.run_dir / "eval" / "step-000000.json"
+    if start > 0:
+        return load_results(saved) if saved.exists() else None
+    return _evaluate(run, 0, run.cfg.eval.questions) if run.cfg.eval.before else None
+
+
+def _report(run: Run, before: list[Result] | None, after: list[Result], final: Path) -> None:
+    if before is not None:
+        title = "held-out questions, before and after reinforcement learning"
+        run.console.table(title, COMPARISON_COLUMNS, comparison_rows(before, after))
+        if run.world.is_main:
+            rows = [dict(zip(COMPARISON_COLUMNS, row, strict=True)) for row in comparison_rows(before, after)]
+            (run.run_dir / "comparison.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
+    run.console.say(f"model: {final}\nmetrics: {run.run_dir / 'metrics.jsonl'}")
+    run.console.say(f"trajectories: {run.run_dir / 'trajectories'}")
+
+
+def evaluate_checkpoint(cfg: Config) -> list[Result]:
+    """Evaluate the configured model greedily on ``data.eval``; the results go to the run directory."""
+    with open_run(cfg) as run:
+        return _evaluate(run, 0, cfg.eval.questions)

@@ -1,0 +1,180 @@
+"""Checks of a composed configuration that types cannot express; all problems are reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from searchrl.config import Config, ConfigError, DType, IndexKind, RetrievalKind
+
+
+def validate(cfg: Config, *, world_size: int = 1) -> None:
+    """Raise ``ConfigError`` listing every problem, each with the value and the remedy.
+
+    Args:
+        cfg: converted by ``OmegaConf.to_object``.
+        world_size: ranks of the run.
+    """
+    problems = [
+        *_required(cfg),
+        *_positive(cfg),
+        *_ranges(cfg),
+        *_sizes(cfg, world_size),
+        *_retrieval(cfg),
+    ]
+    if problems:
+        raise ConfigError("the configuration cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def _required(cfg: Config) -> Iterator[str]:
+    given = {"model.path": cfg.model.path, "data.train": cfg.data.train, "data.eval": cfg.data.eval}
+    for name, value in given.items():
+        if not value:
+            yield (
+                f"{name} is not set; give it, or start from an experiment, for example +experiment=quickstart"
+            )
+    for name in ("data.train", "data.eval"):
+        value = given[name]
+        if value and not Path(value).is_file():
+            yield f"{name}={value} does not exist; `searchrl data worldfacts` builds the quickstart's data"
+
+
+def _positive(cfg: Config) -> Iterator[str]:
+    at_least_one = {
+        "steps": cfg.steps,
+        "groups_per_step": cfg.groups_per_step,
+        "engine.max_num_seqs": cfg.engine.max_num_seqs,
+        "engine.block_size": cfg.engine.block_size,
+        "engine.max_num_batched_tokens": cfg.engine.max_num_batched_tokens,
+        "episode.max_turn_tokens": cfg.episode.max_turn_tokens,
+        "episode.max_query_chars": cfg.episode.max_query_chars,
+        "episode.max_consecutive_invalid": cfg.episode.max_consecutive_invalid,
+        "episode.top_k": cfg.episode.top_k,
+        "batching.max_tokens": cfg.batching.max_tokens,
+        "batching.logprob_chunk": cfg.batching.logprob_chunk,
+        "sync.probe_sequences": cfg.sync.probe_sequences,
+        "sync.probe_tokens": cfg.sync.probe_tokens,
+        "saving.keep": cfg.saving.keep,
+        "warmstart.epochs": cfg.warmstart.epochs,
+        "warmstart.batch_size": cfg.warmstart.batch_size,
+    }
+    for name, value in at_least_one.items():
+        if value < 1:
+            yield f"{name}={value} must be at least 1"
+    above_zero = {
+        "optimizer.lr": cfg.optimizer.lr,
+        "optimizer.max_grad_norm": cfg.optimizer.max_grad_norm,
+        "engine.kv_cache_gib": cfg.engine.kv_cache_gib,
+        "sampling.temperature": cfg.sampling.temperature,
+        "importance.truncate_at": cfg.importance.truncate_at,
+        "retrieval.timeout_s": cfg.retrieval.timeout_s,
+        "episode.deadline_s": cfg.episode.deadline_s,
+        "sync.probe_max_abs_diff": cfg.sync.probe_max_abs_diff,
+        "warmstart.lr": cfg.warmstart.lr,
+    }
+    for name, number in above_zero.items():
+        if not number > 0:
+            yield f"{name}={number:g} must be above 0"
+    at_least_zero = {
+        "seed": cfg.seed,
+        "optimizer.warmup_steps": cfg.optimizer.warmup_steps,
+        "optimizer.weight_decay": cfg.optimizer.weight_decay,
+        "episode.max_searches": cfg.episode.max_searches,
+        "loss.kl_coef": cfg.loss.kl_coef,
+        "eval.every": cfg.eval.every,
+        "eval.questions": cfg.eval.questions,
+        "eval.interim_questions": cfg.eval.interim_questions,
+        "saving.every": cfg.saving.every,
+        "warmstart.demonstrations": cfg.warmstart.demonstrations,
+    }
+    for name, number in at_least_zero.items():
+        if number < 0:
+            yield f"{name}={number:g} must not be negative"
+
+
+def _ranges(cfg: Config) -> Iterator[str]:
+    if cfg.sampling.top_p != 1.0:
+        yield (
+            f"sampling.top_p={cfg.sampling.top_p:g} truncates the distribution that rollouts sample from, "
+            "but the loss does not renormalise; set it to 1"
+        )
+    if cfg.sampling.top_k != 0:
+        yield (
+            f"sampling.top_k={cfg.sampling.top_k} truncates the distribution that rollouts sample from, but "
+            "the loss does not renormalise; set it to 0 (off)"
+        )
+    if cfg.deepspeed.zero_stage not in (0, 1, 2, 3):
+        yield f"deepspeed.zero_stage={cfg.deepspeed.zero_stage} is no ZeRO stage; choose 0, 1, 2 or 3"
+    if cfg.deepspeed.zero_stage == 0 and cfg.model.dtype is DType.bfloat16:
+        yield (
+            "deepspeed.zero_stage=0 with model.dtype=bfloat16 would train without fp32 master weights; "
+            "choose stage 1, 2 or 3, or model.dtype=float32"
+        )
+    if not 0 <= cfg.loss.eps_low < 1 or cfg.loss.eps_high < 0:
+        yield (
+            f"loss.eps_low={cfg.loss.eps_low:g}, loss.eps_high={cfg.loss.eps_high:g}: the clip range needs "
+            "0 <= eps_low < 1 and eps_high >= 0"
+        )
+    if "{question}" not in cfg.episode.prompt_template:
+        yield "episode.prompt_template does not contain {question}; the policy would never see the question"
+    if not 0 <= cfg.warmstart.two_hop_fraction <= 1:
+        yield f"warmstart.two_hop_fraction={cfg.warmstart.two_hop_fraction:g} must lie between 0 and 1"
+    if not 0 <= cfg.retrieval.max_failed_fraction <= 1:
+        yield f"retrieval.max_failed_fraction={cfg.retrieval.max_failed_fraction:g} must lie between 0 and 1"
+
+
+def _sizes(cfg: Config, world_size: int) -> Iterator[str]:
+    if cfg.group_size < 2:
+        yield f"group_size={cfg.group_size} leaves nothing to compare within a group; use at least 2"
+    if cfg.groups_per_step % world_size:
+        yield (
+            f"groups_per_step={cfg.groups_per_step} cannot be shared evenly by {world_size} ranks; "
+            f"use a multiple of {world_size}"
+        )
+    episode = cfg.episode
+    longest = (episode.max_searches + 1) * episode.max_turn_tokens
+    longest += episode.max_searches * episode.max_observation_tokens
+    if longest >= episode.max_context_tokens:
+        yield (
+            f"an episode may need {longest} tokens ({episode.max_searches + 1} turns of "
+            f"{episode.max_turn_tokens}, {episode.max_searches} observations of "
+            f"{episode.max_observation_tokens}) besides its prompt, but episode.max_context_tokens="
+            f"{episode.max_context_tokens}; raise it, or lower the others"
+        )
+    if episode.max_observation_tokens < 32:
+        yield (
+            f"episode.max_observation_tokens={episode.max_observation_tokens} leaves no room for documents "
+            "between the tags; use at least 32"
+        )
+    if cfg.optimizer.warmup_steps >= cfg.steps:
+        yield (
+            f"optimizer.warmup_steps={cfg.optimizer.warmup_steps} never ends within steps={cfg.steps}; "
+            "lower it"
+        )
+
+
+def _retrieval(cfg: Config) -> Iterator[str]:
+    retrieval = cfg.retrieval
+    match retrieval.kind:
+        case RetrievalKind.embedded:
+            if not retrieval.corpus:
+                yield "retrieval.corpus is not set; name a corpus (JSONL), or choose retrieval=none or http"
+            elif not Path(retrieval.corpus).is_file():
+                yield (
+                    f"retrieval.corpus={retrieval.corpus} does not exist; `searchrl data worldfacts` builds "
+                    "the quickstart's"
+                )
+            families = ("minilm", "e5", "bge")
+            if retrieval.index is not IndexKind.bm25 and retrieval.encoder_family not in families:
+                yield (
+                    f"retrieval.encoder_family={retrieval.encoder_family} is unknown; choose one of "
+                    + ", ".join(families)
+                )
+        case RetrievalKind.http:
+            if not retrieval.urls:
+                yield "retrieval.urls is empty; name at least one server, for example [http://127.0.0.1:8000]"
+            for url in retrieval.urls:
+                if not url.startswith(("http://", "https://")):
+                    yield f"retrieval.urls holds {url!r}, which is no http:// or https:// address"
+        case RetrievalKind.none:
+            pass

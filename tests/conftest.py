@@ -1,0 +1,75 @@
+"""What every test shares: a quiet, deterministic environment, the order of the run, and the tiny model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+HAS_GPU = Path("/dev/nvidiactl").exists()
+
+# Before anything imports torch: none of this can be changed afterwards. What the user has set stays.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a model hub is wrong
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("OMP_NUM_THREADS", str(min(2, len(os.sched_getaffinity(0)))))
+
+from searchrl.environment import prepare_environment
+
+prepare_environment("cuda" if HAS_GPU else "cpu")
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run unit tests first, then integration, then GPU tests; without a GPU, skip the last."""
+    items.sort(key=_stage)  # stable: within a stage the order of the files stays
+    if not HAS_GPU:
+        for item in items:
+            if _stage(item) == 2:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def _stage(item: pytest.Item) -> int:
+    if item.get_closest_marker("gpu") is not None:
+        return 2
+    return 1 if item.get_closest_marker("integration") is not None else 0
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The checkout's own ``assets`` folder: downloads and converted models survive from run to run."""
+    return Path(__file__).parents[1] / "assets"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of ``random:tiny``: two layers, fp32, tied head, byte-level tokenizer, 8k context."""
+    return _tiny("random:tiny", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of ``random:tiny-untied``: the same with a head of its own."""
+    return _tiny("random:tiny-untied", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_model: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of ``random:tiny``: every byte, a few merges, ChatML."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    loaded = AutoTokenizer.from_pretrained(tiny_model)
+    assert isinstance(loaded, PreTrainedTokenizerFast)
+    return loaded
+
+
+def _tiny(name: str, factory: pytest.TempPathFactory) -> Path:
+    from searchrl.models import resolve_model
+
+    # Built afresh in every session, so that no test can pass on a folder that older code made.
+    folder = resolve_model(name, factory.mktemp("assets"))
+    assert isinstance(folder, Path)
+    return folder
