@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train on one or more nodes. Every argument goes to Hydra:
-#   launch/torchrun.sh +experiment=nq_hotpotqa
+#   launch/torchrun.sh +experiment=NAME
 # On several nodes run the same line on each, with NODES, NODE_RANK and MASTER_ADDR set.
 set -euo pipefail
 

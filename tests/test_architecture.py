@@ -20,8 +20,9 @@ PACKAGE = Path(__file__).parents[1] / "src" / "searchrl"
 MAX_FILE, MAX_FUNCTION = 400, 60
 
 LAYERS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
     ("config", "trajectory", "distributed", "environment", "console", "data.errors", "data.packages"),
-    ("protocol", "data", "rewards", "algorithm", "batching", "metrics", "retrieval", "models"),
+    ("protocol", "data", "rewards", "algorithm", "batching", "metrics", "retrieval", "models", "validation"),
     ("engine", "actor", "tools", "records"),
     ("rollout", "weight_sync", "checkpoint", "objective"),
     ("evaluate", "warmstart"),

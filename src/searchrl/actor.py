@@ -66,13 +66,19 @@ class PolicyModel(nn.Module):
         return self.model.get_output_embeddings()
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, predictor: Tensor, targets: Tensor
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        predictor: Tensor,
+        targets: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of ``targets``.
 
         Args:
             input_ids: [B, T].
             position_ids: [B, T], restarting at every packed trajectory.
+            attention_mask: bool [B, 1, T, T], or None: causal within what ``position_ids`` delimits.
             predictor: [N] flat positions whose hidden state predicts a target.
             targets: [N] token ids.
 
@@ -81,7 +87,7 @@ class PolicyModel(nn.Module):
         """
         # Without a cache transformers derives the block-diagonal mask of packed rows from position_ids.
         hidden = self.model.base_model(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False
+            input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
         hidden = hidden.flatten(0, 1)[predictor]
         head = self.head
@@ -326,7 +332,13 @@ class _Clip:
 def _token_outputs(module: Any, batch: MicroBatch) -> TokenOutputs:
     positions = head_positions(batch.loss_mask, batch.segment_ids)
     targets = batch.input_ids.flatten()[positions.token]
-    logprobs, entropy = module(batch.input_ids, batch.position_ids, positions.predictor, targets)
+    if batch.tree is None:
+        logprobs, entropy = module(batch.input_ids, batch.position_ids, None, positions.predictor, targets)
+    else:  # the model runs on the distinct prefixes only
+        tree = batch.tree
+        logprobs, entropy = module(
+            tree.input_ids, tree.position_ids, tree.attention_mask, tree.node_of[positions.predictor], targets
+        )
     return TokenOutputs(logprobs=logprobs, entropy=entropy, positions=positions, batch=batch)
 
 

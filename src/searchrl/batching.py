@@ -30,6 +30,38 @@ PADDING_SEGMENT = -1
 
 
 @dataclass(kw_only=True, slots=True)
+class PrefixTree:
+    """The n distinct prefixes of a packed row's T tokens, each computed once.
+
+    The trajectories of a group share their prompt, often their first query and then its whole observation. A
+    causal model's hidden state depends on a token's prefix alone, so equal prefixes need one computation, and
+    the gradient of every trajectory flows through it. Attention goes from a node to its ancestors::
+
+        row       a b c d | a b e | a b c f        T = 11
+        nodes     a b c d e f                      n = 6
+        node_of   0 1 2 3   0 1 4   0 1 2 5
+    """
+
+    input_ids: Tensor
+    """long [1, n]."""
+    position_ids: Tensor
+    """long [1, n], a node's depth."""
+    attention_mask: Tensor
+    """bool [1, 1, n, n], True where row attends to column: its ancestors and itself."""
+    node_of: Tensor
+    """long [T], the node of each token of the row."""
+
+    def to(self, device: torch.device | str) -> PrefixTree:
+        """The same tree with its tensors on ``device``."""
+        return PrefixTree(
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            node_of=self.node_of.to(device),
+        )
+
+
+@dataclass(kw_only=True, slots=True)
 class MicroBatch:
     """What one forward and backward pass reads: B rows of T tokens, each row holding one or more segments."""
 
@@ -47,6 +79,8 @@ class MicroBatch:
     """float32 [B, T], the trajectory's advantage at loss tokens, 0 elsewhere."""
     sample_ids: list[list[str]]
     """Per row and segment, the id of the sample."""
+    tree: PrefixTree | None = None
+    """For a packed row whose trajectories share prefixes: what the model runs on in place of the row."""
 
     @property
     def trajectory_ids(self) -> list[str]:
@@ -70,31 +104,35 @@ class MicroBatch:
             sampling_logprobs=self.sampling_logprobs.to(device),
             advantages=self.advantages.to(device),
             sample_ids=self.sample_ids,
+            tree=None if self.tree is None else self.tree.to(device),
         )
 
 
 def pack(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:
-    """Pack whole trajectories into rows of at most ``max_tokens``, one row a micro-batch.
+    """Pack whole trajectories into rows of at most ``max_tokens``: first fit decreasing, a row a micro-batch.
 
-    First fit, decreasing. A trajectory longer than ``max_tokens`` gets a row of its own. The fullest rows
-    come first, so that running out of memory shows at once; within a row, samples keep their order. On a CPU
-    attention costs T² a row: keep ``max_tokens`` near 1024.
+    Trajectories with the same prompt travel together and share their prefixes (see :class:`PrefixTree`); what
+    counts against ``max_tokens`` is what the model computes. A trajectory longer than ``max_tokens`` gets a
+    row of its own. The fullest rows come first, so that running out of memory shows at once; within a row,
+    samples keep their order. On a CPU attention costs T² a row: keep ``max_tokens`` near 512.
 
     Raises:
-        ValueError: ``max_tokens`` is not positive, a sample has no prompt, or a sampled token has no
-            log-probability.
+        ValueError: ``max_tokens`` is not positive, or a sample is empty or has other than one log-probability
+            a token.
     """
-    lengths = _checked_lengths(samples, max_tokens)
+    _checked_lengths(samples, max_tokens)
+    units = _units(samples, max_tokens)
+    sizes = [_distinct_prefixes([samples[index] for index in unit]) for unit in units]
     rows: list[list[int]] = []
     room: list[int] = []
-    for index in _longest_first(lengths):
-        row = next((row for row, free in enumerate(room) if lengths[index] <= free), len(rows))
+    for number in _longest_first(sizes):
+        row = next((row for row, free in enumerate(room) if sizes[number] <= free), len(rows))
         if row == len(rows):
             rows.append([])
             room.append(max_tokens)
-        rows[row].append(index)
-        room[row] -= lengths[index]
-    return [_build([[samples[index] for index in sorted(row)]]) for row in rows]
+        rows[row] += units[number]
+        room[row] -= sizes[number]
+    return [_build_shared([samples[index] for index in sorted(row)]) for row in rows]
 
 
 def pad(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:
@@ -179,6 +217,58 @@ def _checked_lengths(samples: Sequence[Sample], max_tokens: int) -> list[int]:
                     f"{len(turn.token_ids)} sampled tokens"
                 )
     return [len(sample.trajectory.token_ids) for sample in samples]
+
+
+def _units(samples: Sequence[Sample], max_tokens: int) -> list[list[int]]:
+    """Indices of samples that share a prompt, together as far as their distinct prefixes fit a row."""
+    units: list[list[int]] = []
+    newest: dict[tuple[int, ...], list[int]] = {}
+    for index, sample in enumerate(samples):
+        prompt = tuple(sample.trajectory.prompt_ids)
+        unit = newest.get(prompt)
+        if unit is None or _distinct_prefixes([samples[i] for i in [*unit, index]]) > max_tokens:
+            units.append(unit := [])
+            newest[prompt] = unit
+        unit.append(index)
+    return units
+
+
+def _nodes(samples: Sequence[Sample]) -> tuple[dict[tuple[int, int], int], list[int]]:
+    """The trie of the samples' tokens as (parent, token) to node, and the node of every token in turn."""
+    nodes: dict[tuple[int, int], int] = {}
+    node_of: list[int] = []
+    for sample in samples:
+        parent = -1
+        for token in sample.trajectory.token_ids:
+            parent = nodes.setdefault((parent, token), len(nodes))
+            node_of.append(parent)
+    return nodes, node_of
+
+
+def _distinct_prefixes(samples: Sequence[Sample]) -> int:
+    return len(_nodes(samples)[0])
+
+
+def _build_shared(row: Sequence[Sample]) -> MicroBatch:
+    """A packed row, with its prefix tree if any prefix is shared."""
+    batch = _build([row])
+    nodes, node_of = _nodes(row)
+    if len(nodes) == len(node_of):
+        return batch
+    mask = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
+    depth: list[int] = []
+    for node, (parent, _) in enumerate(nodes):  # parents come before their children
+        if parent >= 0:
+            mask[node] = mask[parent]
+        mask[node, node] = True
+        depth.append(depth[parent] + 1 if parent >= 0 else 0)
+    batch.tree = PrefixTree(
+        input_ids=torch.tensor([[token for _, token in nodes]]),
+        position_ids=torch.tensor([depth]),
+        attention_mask=mask[None, None],
+        node_of=torch.tensor(node_of),
+    )
+    return batch
 
 
 def _build(rows: Sequence[Sequence[Sample]]) -> MicroBatch:

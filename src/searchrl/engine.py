@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from searchrl.config import DType, EngineConfig
 from searchrl.distributed import World, seed_everything
+from searchrl.errors import SearchrlError
 from searchrl.protocol import STOP_STRINGS
 from searchrl.trajectory import Finish
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class EngineError(RuntimeError):
+class EngineError(SearchrlError, RuntimeError):
     """The engine cannot do what was asked; the message says why."""
 
 
@@ -113,7 +114,11 @@ class Engine:
         """Version of the weights, stamped on every turn."""
 
     async def generate(self, request: GenerationRequest) -> Generation:
-        """Sample one continuation. Any number may be awaited at the same time."""
+        """Sample one continuation. Any number may be awaited at the same time.
+
+        Raises:
+            EngineError: the engine refuses this request, or it failed; then all who wait get the error.
+        """
         request_id = str(next(self._ids))
         future: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
         self._futures[request_id] = future
@@ -135,31 +140,41 @@ class Engine:
                 inbox, self._inbox = self._inbox, []
                 cancelled, self._cancelled = self._cancelled, []
                 outputs = await loop.run_in_executor(self._thread, self._step, inbox, cancelled)
-                for request_id, generation in outputs:
+                for request_id, outcome in outputs:
                     future = self._futures.pop(request_id, None)
-                    if future is not None and not future.done():
-                        future.set_result(generation)
+                    if future is None or future.done():
+                        continue
+                    if isinstance(outcome, Generation):
+                        future.set_result(outcome)
+                    else:
+                        future.set_exception(outcome)
         except BaseException as error:
             waiting, self._futures, self._inbox = self._futures, {}, []
+            self._cancelled += waiting  # the engine drops what it still holds of them before its next step
             for future in waiting.values():
                 if not future.done():
                     future.set_exception(EngineError(f"the engine failed: {error!r}"))
-            raise
+            if not waiting or not isinstance(error, Exception):  # else everybody concerned knows
+                raise
 
     def _step(
         self, inbox: Sequence[tuple[str, GenerationRequest]], cancelled: Sequence[str]
-    ) -> list[tuple[str, Generation]]:
+    ) -> list[tuple[str, Generation | EngineError]]:
         if cancelled:
             self._engine.abort_request(list(cancelled))
         gone = set(cancelled)
+        outcomes: list[tuple[str, Generation | EngineError]] = []
         for request_id, request in inbox:
             if request_id not in gone:
                 prompt = {"prompt_token_ids": request.prompt_ids}
-                self._engine.add_request(request_id, prompt, _sampling_params(request))
-        if not self._engine.has_unfinished_requests():
-            return []
-        outputs = [output for output in self._engine.step() if output.finished]
-        return [(output.request_id, _generation(output.outputs[0])) for output in outputs]
+                try:
+                    self._engine.add_request(request_id, prompt, _sampling_params(request))
+                except Exception as error:  # refused, which concerns nobody else
+                    outcomes.append((request_id, EngineError(f"the engine refuses the request: {error}")))
+        if self._engine.has_unfinished_requests():
+            finished = [output for output in self._engine.step() if output.finished]
+            outcomes += [(output.request_id, _generation(output.outputs[0])) for output in finished]
+        return outcomes
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int) -> None:
         """Replace all weights by a checkpoint's (name, tensor) pairs and forget every cached prefix."""

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+import warnings
 
 QUIET_LOGGERS = ("deepspeed", "DeepSpeed", "transformers", "vllm", "httpx", "torch.distributed")
 
+# vLLM and DeepSpeed call these by the names that torch is about to drop, some of them at every step.
+_DEPRECATED_NAMES = "reduce_op|all_gather_into_tensor|reduce_scatter_tensor"
+
 
 def prepare_environment(device: str) -> None:
-    """Set thread counts, accelerator and log levels; what the user has set stays.
+    """Set thread counts, accelerator, log levels and warnings; what the user has set stays.
 
     Args:
         device: ``cpu`` or ``cuda``.
@@ -42,3 +47,17 @@ def prepare_environment(device: str) -> None:
         os.environ.setdefault(key, value)
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings(
+        "ignore", rf"`torch\.distributed\.({_DEPRECATED_NAMES})` is deprecated", FutureWarning
+    )
+
+
+def matmul_gflops() -> float:
+    """Speed of a fixed fp32 matrix product, 1024³, on the CPU: how busy this machine is right now."""
+    import torch
+
+    a = torch.ones(1024, 1024)
+    start = time.perf_counter()
+    for _ in range(3):
+        a @ a
+    return 3 * 2 * 1024**3 / (time.perf_counter() - start) / 1e9

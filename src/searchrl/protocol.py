@@ -59,6 +59,9 @@ def parse_action(text: str, max_query_chars: int) -> Action:
     """The first complete action in a turn's sampled text, by position. An empty query is no action."""
     for match in _ACTION.finditer(text):
         body = match.group(2).strip()
+        if match.group(1) == "search":
+            # Servers refuse a NUL; a policy must not be able to void its own trajectory.
+            body = body.replace("\x00", " ").strip()
         if match.group(1) == "answer":
             return Answer(text=body)
         if body:

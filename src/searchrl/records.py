@@ -50,7 +50,7 @@ def _add_trajectory(
         if turn.call is not None:
             tally.add("rollout/queries_cut", float(turn.call.truncated))
         if turn.result is not None:
-            found = any(contains_answer(d.contents, golden_answers) for d in turn.result.documents)
+            found = any(contains_answer(d.contents, golden_answers) for d in turn.shown_documents)
             tally.add("retrieval/recall_at_k", float(found))
 
 

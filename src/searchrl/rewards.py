@@ -35,13 +35,14 @@ def exact_match(answer: str | None, golden_answers: Sequence[str]) -> bool:
 
 
 def is_valid_format(trajectory: Trajectory, eos_text: str) -> bool:
-    """Think, then (search, think)*, then answer; all text inside tags; after the answer only the stop token.
+    """Think, then (search, think)*, then a non-empty answer; all text inside tags, nothing after the answer.
 
     Args:
         trajectory: the finished episode.
         eos_text: the end-of-message token as text, allowed once at the very end.
     """
-    if trajectory.outcome is not Outcome.ANSWERED or any(turn.is_invalid for turn in trajectory.turns):
+    answered = trajectory.outcome is Outcome.ANSWERED and bool(trajectory.answer)
+    if not answered or any(turn.is_invalid for turn in trajectory.turns):
         return False
     *searches, last = trajectory.turns
     if not all(_SEARCH_TURN.fullmatch(turn.text) for turn in searches):
@@ -57,12 +58,11 @@ def contains_answer(text: str, golden_answers: Sequence[str]) -> bool:
 
 
 def is_retrieval_hit(trajectory: Trajectory, example: Example) -> bool:
-    """True if any retrieved document contains a gold answer."""
+    """True if any document that the policy read contains a gold answer."""
     return any(
         contains_answer(document.contents, example.golden_answers)
         for turn in trajectory.turns
-        if turn.result is not None
-        for document in turn.result.documents
+        for document in turn.shown_documents
     )
 
 

@@ -89,6 +89,7 @@ class Rollout:
             turn = await self._generate(stream, room, sampling, f"{key}/{len(turns)}")
             turns.append(turn)
             action = self.protocol.parse(turn.text)
+            turn.is_invalid = isinstance(action, Invalid)
             searches = sum(turn.call is not None for turn in turns)
             match action:
                 case Answer(text=text):

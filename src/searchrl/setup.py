@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from searchrl.actor import Actor, init_communication
-from searchrl.config import Config, IndexKind, RetrievalKind
+from searchrl.config import Config, ConfigError, IndexKind, RetrievalKind
 from searchrl.console import Console
 from searchrl.data.readers import read_examples
 from searchrl.data.sampler import fingerprint
@@ -33,8 +33,8 @@ SHUFFLE_SEED = 1
 
 
 @dataclass(kw_only=True, slots=True)
-class Run:
-    """One rank's parts."""
+class Environment:
+    """One rank's questions, tools and text protocol: what episodes live in, without a policy."""
 
     cfg: Config
     world: World
@@ -45,8 +45,16 @@ class Run:
     tokenizer: Any
     protocol: Protocol
     retriever: Retriever
+    tool: SearchTool
     train_examples: list[Example]
     eval_examples: list[Example]
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """One rank's parts: an environment and a policy that samples in it."""
+
+    env: Environment
     model: Path | str
     """The initial policy, warm start included."""
     engine: Engine
@@ -54,55 +62,67 @@ class Run:
 
 
 @contextmanager
-def open_run(cfg: Config) -> Iterator[Run]:
-    """Data, retriever, warm start and engine; stops what it started, whatever happens."""
+def open_environment(cfg: Config) -> Iterator[Environment]:
+    """Questions, tokenizer and retriever; stops what it started, whatever happens."""
     world = init_world(cfg.device)
     console = Console(enabled=world.is_main)
     train_examples, eval_examples = load_questions(cfg)
     init_communication(world)
     with ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
-        model = resolve_model(cfg.checkpoint or cfg.model.path, Path(cfg.assets))
-        tokenizer = load_tokenizer(model)
-        protocol = Protocol(tokenizer, cfg.episode)
+        tokenizer = load_tokenizer(resolve_model(cfg.checkpoint or cfg.model.path, Path(cfg.assets)))
         retriever = stack.enter_context(open_retriever(cfg, world, console))
         stack.callback(lambda: runner.run(retriever.aclose()))
-        tool = SearchTool(retriever, top_k=cfg.episode.top_k)
-        if cfg.warmstart.demonstrations > 0 and not cfg.checkpoint:
-            inputs = WarmstartInputs(
-                model=model,
-                tokenizer=tokenizer,
-                protocol=protocol,
-                tool=tool,
-                examples=train_examples,
-                fingerprint=f"{cfg.model.path} {fingerprint(train_examples)} {_index_name(cfg)}",
-            )
-            model = warmstart(cfg, inputs, world=world, runner=runner, console=console)
-        console.say(f"engine: loading {model}")
-        engine = Engine(
-            model,
-            cfg.engine,
-            dtype=cfg.model.dtype,
-            max_context_tokens=cfg.episode.max_context_tokens,
-            seed=cfg.seed,
-            world=world,
-        )
-        rollout = Rollout(engine=engine, protocol=protocol, tool=tool, limits=cfg.episode, seed=cfg.seed)
-        yield Run(
+        yield Environment(
             cfg=cfg,
             world=world,
             console=console,
             runner=runner,
             run_dir=Path(cfg.run_dir),
             tokenizer=tokenizer,
-            protocol=protocol,
+            protocol=Protocol(tokenizer, cfg.episode),
             retriever=retriever,
+            tool=SearchTool(retriever, top_k=cfg.episode.top_k),
             train_examples=train_examples,
             eval_examples=eval_examples,
-            model=model,
-            engine=engine,
-            rollout=rollout,
         )
+
+
+@contextmanager
+def open_run(cfg: Config) -> Iterator[Run]:
+    """An environment with the initial policy in an engine."""
+    with open_environment(cfg) as env:
+        model = initial_policy(env)
+        env.console.say(f"engine: loading {model}")
+        engine = Engine(
+            model,
+            cfg.engine,
+            dtype=cfg.model.dtype,
+            max_context_tokens=cfg.episode.max_context_tokens,
+            seed=cfg.seed,
+            world=env.world,
+        )
+        rollout = Rollout(
+            engine=engine, protocol=env.protocol, tool=env.tool, limits=cfg.episode, seed=cfg.seed
+        )
+        yield Run(env=env, model=model, engine=engine, rollout=rollout)
+
+
+def initial_policy(env: Environment) -> Path | str:
+    """The model that training starts from: ``checkpoint``, else ``model.path`` after its warm start."""
+    cfg = env.cfg
+    model = resolve_model(cfg.checkpoint or cfg.model.path, Path(cfg.assets))
+    if cfg.checkpoint or cfg.warmstart.demonstrations == 0:
+        return model
+    inputs = WarmstartInputs(
+        model=model,
+        tokenizer=env.tokenizer,
+        protocol=env.protocol,
+        tool=env.tool,
+        examples=env.train_examples,
+        fingerprint=f"{cfg.model.path} {fingerprint(env.train_examples)} {_index_name(cfg)}",
+    )
+    return warmstart(cfg, inputs, world=env.world, runner=env.runner, console=env.console)
 
 
 def load_questions(cfg: Config) -> tuple[list[Example], list[Example]]:
@@ -116,7 +136,7 @@ def load_questions(cfg: Config) -> tuple[list[Example], list[Example]]:
 
 def make_actor(run: Run) -> Actor:
     """The trained policy, starting from the run's model."""
-    cfg = run.cfg
+    cfg = run.env.cfg
     return Actor(
         run.model,
         model=cfg.model,
@@ -126,7 +146,7 @@ def make_actor(run: Run) -> Actor:
         logprob_chunk=cfg.batching.logprob_chunk,
         total_steps=cfg.steps,
         seed=cfg.seed,
-        world=run.world,
+        world=run.env.world,
     )
 
 
@@ -146,31 +166,48 @@ def open_retriever(cfg: Config, world: World, console: Console) -> Iterator[Retr
                 barrier()  # the server stays until every rank has had its last answer
 
 
-def _embedded_server(cfg: Config, console: Console) -> EmbeddedServer:
+def build_retrieval_index(cfg: Config) -> Path:
+    """The folder of the configured index, built now unless it is there.
+
+    Raises:
+        ConfigError: retrieval is not embedded, so there is nothing to index.
+    """
     from searchrl.retrieval.build import build_index
     from searchrl.retrieval.encoder import EncoderFamily
 
+    if cfg.retrieval.kind is not RetrievalKind.embedded:
+        raise ConfigError(
+            f"retrieval.kind={cfg.retrieval.kind} has no index here; choose retrieval=bm25 or hybrid"
+        )
     corpus = Path(cfg.retrieval.corpus)
     # Not beside the corpus: building a data set anew replaces its whole folder.
     index = Path(cfg.assets) / "indexes" / f"{corpus.parent.name}-{_index_name(cfg)}"
-    encoder = None
-    if cfg.retrieval.index is not IndexKind.bm25:
-        encoder = Path(resolve_model(cfg.retrieval.encoder, Path(cfg.assets)))
-    console.say(f"retriever: {cfg.retrieval.index} index over {corpus}, in {index}")
     build_index(
         corpus,
         index,
         kind=cfg.retrieval.index,
-        encoder_path=encoder,
+        encoder_path=_encoder(cfg),
         encoder_family=EncoderFamily(cfg.retrieval.encoder_family),
     )
+    return index
+
+
+def _embedded_server(cfg: Config, console: Console) -> EmbeddedServer:
+    console.say(f"retriever: {cfg.retrieval.index} index over {cfg.retrieval.corpus}")
     return EmbeddedServer(
-        index,
-        corpus,
+        build_retrieval_index(cfg),
+        cfg.retrieval.corpus,
         log_path=Path(cfg.run_dir) / "retriever.log",
-        encoder_path=encoder,
+        encoder_path=_encoder(cfg),
         shuffle_seed=SHUFFLE_SEED if cfg.retrieval.shuffle_documents else None,
     )
+
+
+def _encoder(cfg: Config) -> Path | None:
+    """The sentence encoder's folder, if the index has one."""
+    if cfg.retrieval.index is IndexKind.bm25:
+        return None
+    return Path(resolve_model(cfg.retrieval.encoder, Path(cfg.assets)))
 
 
 def _index_name(cfg: Config) -> str:

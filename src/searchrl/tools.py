@@ -34,7 +34,5 @@ class SearchTool:
         try:
             documents = await self._retriever.search(call.query, self._top_k)
         except RetrievalError as error:
-            if error.is_infrastructure:
-                raise ToolError(str(error)) from error
-            documents = []  # the server refused this very query (a NUL, say): it found nothing
+            raise ToolError(str(error)) from error
         return ToolResult(documents=tuple(documents), seconds=time.perf_counter() - start)

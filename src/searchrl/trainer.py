@@ -10,9 +10,11 @@ from typing import Any
 from searchrl.actor import Actor, Reference, StepStats
 from searchrl.batching import balance, count_loss_tokens, pack
 from searchrl.checkpoint import Checkpoints
-from searchrl.config import Config
+from searchrl.config import Config, Device
 from searchrl.data.sampler import Sampler
 from searchrl.distributed import gather_objects, reduce_values
+from searchrl.environment import matmul_gflops
+from searchrl.errors import SearchrlError
 from searchrl.evaluate import (
     COMPARISON_COLUMNS,
     TABLE_COLUMNS,
@@ -34,7 +36,7 @@ from searchrl.trajectory import Sample
 from searchrl.weight_sync import WeightSync
 
 
-class TrainingError(RuntimeError):
+class TrainingError(SearchrlError, RuntimeError):
     """The run cannot go on; the message says why and what to do."""
 
 
@@ -46,15 +48,16 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
         resolved: the same as plain containers, for the logs.
     """
     with open_run(cfg) as run:
+        env = run.env
         actor = make_actor(run)
         reference = _reference(run)
         sampler = _sampler(run)
-        checkpoints = Checkpoints(folder=run.run_dir / "checkpoints", keep=cfg.saving.keep, world=run.world)
+        checkpoints = Checkpoints(folder=env.run_dir / "checkpoints", keep=cfg.saving.keep, world=env.world)
         sync = _weight_sync(run, actor)
-        log = MetricLog(run.run_dir, cfg.logger, resolved) if run.world.is_main else None
         start = _resume(run, actor, sampler, checkpoints) if cfg.resume else 0
-        first = sync(run.runner, version=start)
-        run.console.say(f"sync: engine and trainer agree to {first.probe_max_abs_diff:.2g} nats")
+        log = MetricLog(env.run_dir, cfg.logger, resolved, resumed_step=start) if env.world.is_main else None
+        first = sync(env.runner, version=start)
+        env.console.say(f"sync: engine and trainer agree to {first.probe_max_abs_diff:.2g} nats")
         before = _evaluate_before(run, start)
 
         for step in range(start, cfg.steps):
@@ -65,25 +68,26 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
             with clock("update"):
                 update, objective = _update(run, actor, reference, samples, step)
             with clock("sync"):
-                synced = sync(run.runner, version=step + 1)
+                synced = sync(env.runner, version=step + 1)
             metrics = _step_metrics(run, scored, samples) | objective.metrics() | synced.metrics()
             if update is not None:
                 metrics |= {"update/grad_norm": update.grad_norm, "update/lr": update.lr}
-            metrics |= clock.metrics()
+            metrics |= clock.metrics() | _machine_metrics(cfg)
             write_trajectories(
-                run.run_dir / "trajectories" / f"step-{step + 1:06d}.rank{run.world.rank}.jsonl", scored
+                env.run_dir / "trajectories" / f"step-{step + 1:06d}.rank{env.world.rank}.jsonl",
+                scored,
             )
             if cfg.eval.every and (step + 1) % cfg.eval.every == 0 and step + 1 < cfg.steps:
                 metrics |= eval_metrics(_evaluate(run, step + 1, cfg.eval.interim_questions))
             if log is not None:
                 log.write(step + 1, metrics)
-            run.console.step(step + 1, cfg.steps, metrics)
+            env.console.step(step + 1, cfg.steps, metrics)
             if cfg.saving.every and (step + 1) % cfg.saving.every == 0:
                 checkpoints.save(actor, step=step + 1, sampler=sampler.state_dict())
 
         checkpoints.save(actor, step=max(start, cfg.steps), sampler=sampler.state_dict())
-        final = run.run_dir / "model"
-        actor.export(final, run.tokenizer)
+        final = env.run_dir / "model"
+        actor.export(final, env.tokenizer)
         after = _evaluate(run, cfg.steps, cfg.eval.questions)
         if log is not None:
             log.write(cfg.steps, eval_metrics(after))
@@ -94,10 +98,10 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
 
 def _rollout(run: Run, sampler: Sampler, step: int) -> list[ScoredGroup]:
     """This rank's groups of the step, scored."""
-    cfg, world = run.cfg, run.world
+    cfg, world = run.env.cfg, run.env.world
     share = cfg.groups_per_step // world.size
-    with run.console.progress(f"step {step + 1} episodes", share * cfg.group_size) as advance:
-        groups = run.runner.run(
+    with run.env.console.progress(f"step {step + 1} episodes", share * cfg.group_size) as advance:
+        groups = run.env.runner.run(
             run.rollout.groups(
                 sampler.take(),
                 first_group=step * cfg.groups_per_step + world.rank * share,
@@ -106,7 +110,7 @@ def _rollout(run: Run, sampler: Sampler, step: int) -> list[ScoredGroup]:
                 on_finish=advance,
             )
         )
-    scored = [score_group(group, cfg.reward.kind, run.protocol.eos_text) for group in groups]
+    scored = [score_group(group, cfg.reward.kind, run.env.protocol.eos_text) for group in groups]
     _check_failures(run, scored)
     return scored
 
@@ -116,11 +120,11 @@ def _check_failures(run: Run, scored: Sequence[ScoredGroup]) -> None:
     errors = [t.error for item in scored for t in item.group.trajectories if t.outcome.is_void]
     total = sum(len(item.rewards) for item in scored)
     failed, total = (int(x) for x in reduce_values([len(errors), total], "sum"))
-    if failed > run.cfg.retrieval.max_failed_fraction * total:
+    if failed > run.env.cfg.retrieval.max_failed_fraction * total:
         reasons = sorted({str(error) for part in gather_objects(errors) for error in part})
         raise TrainingError(
             f"{failed} of {total} trajectories are void, more than retrieval.max_failed_fraction="
-            f"{run.cfg.retrieval.max_failed_fraction:g} allows; the searches failed with: "
+            f"{run.env.cfg.retrieval.max_failed_fraction:g} allows; the searches failed with: "
             + "; ".join(reasons[:3])
         )
 
@@ -129,12 +133,12 @@ def _update(
     run: Run, actor: Actor, reference: Reference | None, samples: list[Sample], step: int
 ) -> tuple[StepStats | None, PolicyObjective]:
     """One optimizer step over all ranks' samples; none if no group anywhere had a signal."""
-    cfg = run.cfg
+    cfg = run.env.cfg
     objective = PolicyObjective(cfg.loss, cfg.importance, reference)
     everything = [sample for part in gather_objects(samples) for sample in part]
     if not everything:
         return None, objective
-    mine = balance(everything, run.world.size)[run.world.rank]
+    mine = balance(everything, run.env.world.size)[run.env.world.rank]
     stats = actor.update(
         pack(mine, cfg.batching.max_tokens),
         objective,
@@ -150,14 +154,14 @@ def _step_metrics(run: Run, scored: Sequence[ScoredGroup], samples: Sequence[Sam
     for item in scored:
         tally.add("rollout/informative_groups", float(str(item.group.id) in informative))
     metrics = tally.reduce()
-    metrics["rollout/zero_variance_groups"] = run.cfg.groups_per_step * (
+    metrics["rollout/zero_variance_groups"] = run.env.cfg.groups_per_step * (
         1.0 - metrics["rollout/informative_groups"]
     )
     metrics["update/trained_tokens"] = reduce_values(
         [sum(len(sample.trajectory.token_ids) for sample in samples)], "sum"
     )[0]
-    if isinstance(run.retriever, HttpRetriever):
-        stats = run.retriever.stats()
+    if isinstance(run.env.retriever, HttpRetriever):
+        stats = run.env.retriever.stats()
         metrics |= {
             "retrieval/latency_p50": stats.p50_s,
             "retrieval/latency_p99": stats.p99_s,
@@ -166,8 +170,12 @@ def _step_metrics(run: Run, scored: Sequence[ScoredGroup], samples: Sequence[Sam
     return metrics
 
 
+def _machine_metrics(cfg: Config) -> dict[str, float]:
+    return {"machine/matmul_gflops": matmul_gflops()} if cfg.device is Device.cpu else {}
+
+
 def _reference(run: Run) -> Reference | None:
-    cfg = run.cfg
+    cfg = run.env.cfg
     if cfg.loss.kl_coef == 0.0:
         return None
     return Reference(
@@ -175,29 +183,31 @@ def _reference(run: Run) -> Reference | None:
         model=cfg.model,
         temperature=cfg.sampling.temperature,
         logprob_chunk=cfg.batching.logprob_chunk,
-        world=run.world,
+        world=run.env.world,
     )
 
 
 def _sampler(run: Run) -> Sampler:
-    hops = run.cfg.data.train_hops
+    hops = run.env.cfg.data.train_hops
     return Sampler(
-        [example for example in run.train_examples if not hops or example.hops in hops],
-        batch_size=run.cfg.groups_per_step,
-        seed=run.cfg.seed,
-        rank=run.world.rank,
-        world_size=run.world.size,
+        [example for example in run.env.train_examples if not hops or example.hops in hops],
+        batch_size=run.env.cfg.groups_per_step,
+        seed=run.env.cfg.seed,
+        rank=run.env.world.rank,
+        world_size=run.env.world.size,
     )
 
 
 def _weight_sync(run: Run, actor: Actor) -> WeightSync:
-    prompts = [run.protocol.prompt(example) for example in run.train_examples[:256]]
-    prompts = sorted(prompts, key=len)[-run.cfg.sync.probe_sequences :]  # long ones fill whole cache blocks
+    prompts = [run.env.protocol.prompt(example) for example in run.env.train_examples[:256]]
+    prompts = sorted(prompts, key=len)[
+        -run.env.cfg.sync.probe_sequences :
+    ]  # long ones fill whole cache blocks
     return WeightSync(
         actor=actor,
         engine=run.engine,
-        config=run.cfg.sync,
-        temperature=run.cfg.sampling.temperature,
+        config=run.env.cfg.sync,
+        temperature=run.env.cfg.sampling.temperature,
         prompts=prompts,
     )
 
@@ -205,50 +215,50 @@ def _weight_sync(run: Run, actor: Actor) -> WeightSync:
 def _resume(run: Run, actor: Actor, sampler: Sampler, checkpoints: Checkpoints) -> int:
     state = checkpoints.resume(actor)
     if state is None:
-        run.console.say(f"resume: no checkpoint in {checkpoints.folder}, starting from the beginning")
+        run.env.console.say(f"resume: no checkpoint in {checkpoints.folder}, starting from the beginning")
         return 0
     sampler.load_state_dict(state["sampler"])
-    run.console.say(f"resume: continuing after step {state['step']}")
+    run.env.console.say(f"resume: continuing after step {state['step']}")
     return int(state["step"])
 
 
 def _evaluate(run: Run, step: int, questions: int) -> list[Result]:
-    examples = run.eval_examples[:questions] if questions else run.eval_examples
-    with run.console.progress(
-        f"evaluation after step {step}", len(examples[run.world.rank :: run.world.size])
+    examples = run.env.eval_examples[:questions] if questions else run.env.eval_examples
+    with run.env.console.progress(
+        f"evaluation after step {step}", len(examples[run.env.world.rank :: run.env.world.size])
     ) as advance:
         results = evaluate(
             run.rollout,
-            run.runner,
+            run.env.runner,
             examples,
-            eos_text=run.protocol.eos_text,
-            world=run.world,
-            log=run.run_dir / "trajectories" / f"eval-{step:06d}.rank{run.world.rank}.jsonl",
+            eos_text=run.env.protocol.eos_text,
+            world=run.env.world,
+            log=run.env.run_dir / "trajectories" / f"eval-{step:06d}.rank{run.env.world.rank}.jsonl",
             on_finish=advance,
         )
-    if run.world.is_main:
-        save_results(run.run_dir / "eval" / f"step-{step:06d}.json", results)
-    run.console.table(f"after step {step}", TABLE_COLUMNS, table_rows(results))
+    if run.env.world.is_main:
+        save_results(run.env.run_dir / "eval" / f"step-{step:06d}.json", results)
+    run.env.console.table(f"after step {step}", TABLE_COLUMNS, table_rows(results))
     return results
 
 
 def _evaluate_before(run: Run, start: int) -> list[Result] | None:
     """The initial policy's results: measured now or, in a resumed run, read back."""
-    saved = run.run_dir / "eval" / "step-000000.json"
+    saved = run.env.run_dir / "eval" / "step-000000.json"
     if start > 0:
         return load_results(saved) if saved.exists() else None
-    return _evaluate(run, 0, run.cfg.eval.questions) if run.cfg.eval.before else None
+    return _evaluate(run, 0, run.env.cfg.eval.questions) if run.env.cfg.eval.before else None
 
 
 def _report(run: Run, before: list[Result] | None, after: list[Result], final: Path) -> None:
     if before is not None:
         title = "held-out questions, before and after reinforcement learning"
-        run.console.table(title, COMPARISON_COLUMNS, comparison_rows(before, after))
-        if run.world.is_main:
+        run.env.console.table(title, COMPARISON_COLUMNS, comparison_rows(before, after))
+        if run.env.world.is_main:
             rows = [dict(zip(COMPARISON_COLUMNS, row, strict=True)) for row in comparison_rows(before, after)]
-            (run.run_dir / "comparison.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
-    run.console.say(f"model: {final}\nmetrics: {run.run_dir / 'metrics.jsonl'}")
-    run.console.say(f"trajectories: {run.run_dir / 'trajectories'}")
+            (run.env.run_dir / "comparison.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
+    run.env.console.say(f"model: {final}\nmetrics: {run.env.run_dir / 'metrics.jsonl'}")
+    run.env.console.say(f"trajectories: {run.env.run_dir / 'trajectories'}")
 
 
 def evaluate_checkpoint(cfg: Config) -> list[Result]:

@@ -137,11 +137,13 @@ class Turn:
     """The text that ``observation_ids`` encode; for transcripts only."""
     call: ToolCall | None = None
     result: ToolResult | None = None
+    is_invalid: bool = False
+    """The turn contains no complete action."""
 
     @property
-    def is_invalid(self) -> bool:
-        """True if the environment answered this turn with feedback."""
-        return self.observation_provenance is Provenance.INSERTED and bool(self.observation_ids)
+    def shown_documents(self) -> tuple[Document, ...]:
+        """What the policy got to read: nothing if the observation no longer fitted the context."""
+        return self.result.documents if self.result is not None and self.observation_ids else ()
 
 
 @dataclass(kw_only=True, slots=True)

@@ -110,6 +110,9 @@ def _ranges(cfg: Config) -> Iterator[str]:
             "deepspeed.zero_stage=0 with model.dtype=bfloat16 would train without fp32 master weights; "
             "choose stage 1, 2 or 3, or model.dtype=float32"
         )
+    betas = list(cfg.optimizer.betas)  # OmegaConf checks the types, not the number
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield f"optimizer.betas={betas} must be two numbers, each at least 0 and below 1"
     if not 0 <= cfg.loss.eps_low < 1 or cfg.loss.eps_high < 0:
         yield (
             f"loss.eps_low={cfg.loss.eps_low:g}, loss.eps_high={cfg.loss.eps_high:g}: the clip range needs "
@@ -140,6 +143,11 @@ def _sizes(cfg: Config, world_size: int) -> Iterator[str]:
             f"{episode.max_turn_tokens}, {episode.max_searches} observations of "
             f"{episode.max_observation_tokens}) besides its prompt, but episode.max_context_tokens="
             f"{episode.max_context_tokens}; raise it, or lower the others"
+        )
+    if episode.max_query_chars > 2048:
+        yield (
+            f"episode.max_query_chars={episode.max_query_chars} is more than search servers accept; use at "
+            "most 2048"
         )
     if episode.max_observation_tokens < 32:
         yield (

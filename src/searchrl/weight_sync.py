@@ -20,12 +20,13 @@ from searchrl.batching import pack
 from searchrl.config import SyncConfig
 from searchrl.distributed import reduce_values
 from searchrl.engine import Engine, Generation, GenerationRequest
+from searchrl.errors import SearchrlError
 from searchrl.trajectory import Outcome, Sample, Trajectory, Turn
 
 Weights = Iterable[tuple[str, Tensor]]
 
 
-class SyncError(RuntimeError):
+class SyncError(SearchrlError, RuntimeError):
     """Engine and trainer disagree after a sync: training on would learn from another policy's samples."""
 
 

@@ -202,8 +202,10 @@ def test_passages_are_clean_titled_and_self_contained(built: Path) -> None:
         '"Ann Dellishsson"\nDellish writer (1831 – 1932). '
         "Ann Dellishsson was a writer of many famous long books." in passages
     )
-    (capital,) = [passage for passage in passages if passage.startswith('"Dells: Capital')]
-    assert capital.splitlines()[1].startswith("Capital of the Dells: Deltaport. Capital, etymology: unknown.")
+    (capital,) = [passage for passage in passages if "Capital of the Dells" in passage]
+    assert capital.startswith(
+        '"Dells: Government"\nCapital of the Dells: Deltaport. Capital, etymology: unknown.'
+    )
     assert not any(
         mark in passage for passage in passages for mark in ("<p>", "&amp;", "Stub", "Exchange rates: 1.4")
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from searchrl.algorithm.losses import LOG_RATIO_BOUND, k3
+from searchrl.errors import SearchrlError
 
 SUM_KEYS = (
     "tokens",
@@ -33,7 +34,7 @@ MAX_KEYS = ("ratio_max", "negative_ratio_min", "abs_logprob_diff_max")
 """Keys of :attr:`ImportanceTotals.maxima`; a minimum travels as the maximum of its negative."""
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(SearchrlError, ValueError):
     """A log-probability is NaN or infinite. Always an error: a replaced value would train on noise."""
 
 

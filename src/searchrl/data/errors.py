@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from searchrl.errors import SearchrlError
 
-class DataError(ValueError):
+
+class DataError(SearchrlError, ValueError):
     """A data set, package or row is missing or wrong. The message names it and says what to do."""

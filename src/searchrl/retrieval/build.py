@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from searchrl.config import IndexKind
+from searchrl.errors import SearchrlError
 from searchrl.retrieval.bm25 import K1, STEMMER, STOPWORDS, B, Bm25Index, write_bm25
 from searchrl.retrieval.corpus import Corpus
 from searchrl.retrieval.dense import DenseIndex, write_flat
@@ -34,7 +35,7 @@ _HASHED_ON_LOAD = 256 << 20
 """Files up to this many bytes are hashed when an index is opened; of larger ones only the size is checked."""
 
 
-class IndexMismatchError(ValueError):
+class IndexMismatchError(SearchrlError, ValueError):
     """An index does not belong to the corpus, encoder or files it is opened with."""
 
 

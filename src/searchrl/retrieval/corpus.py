@@ -19,11 +19,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from searchrl.errors import SearchrlError
+
 _CHUNK = 1 << 24
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
-class CorpusError(ValueError):
+class CorpusError(SearchrlError, ValueError):
     """The corpus file is missing, compressed, empty or has a malformed line."""
 
 

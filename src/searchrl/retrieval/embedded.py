@@ -15,11 +15,13 @@ from typing import Self
 
 import httpx
 
+from searchrl.errors import SearchrlError
+
 _LOG_TAIL = 2000
 _STOP_TIMEOUT_S = 15.0
 
 
-class EmbeddedServerError(RuntimeError):
+class EmbeddedServerError(SearchrlError, RuntimeError):
     """The server died or did not come up in time; the message ends with its log's tail."""
 
 

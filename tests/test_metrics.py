@@ -1,0 +1,96 @@
+"""Means that add up, clocks that add up, and a log that can be read back."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from searchrl.config import LoggerConfig
+from searchrl.metrics import Clock, MetricLog, Tally
+
+
+def test_a_tally_is_a_mean_by_name() -> None:
+    tally = Tally()
+    for value in (1.0, 0.0, 0.5):
+        tally.add("a", value)
+    tally.add("b", 7.0)
+    assert tally.reduce() == {"a": 0.5, "b": 7.0}
+    assert tally.reduce() == {"a": 0.5, "b": 7.0}  # reading it changes nothing
+
+
+def test_weights_make_ratios_of_sums() -> None:
+    """3 of 10 tokens and 1 of 2 are 4 of 12, not the mean of 0.3 and 0.5."""
+    tally = Tally()
+    tally.add("fraction", 3, 10)
+    tally.add("fraction", 1, 2)
+    assert tally.reduce()["fraction"] == pytest.approx(4 / 12)
+
+
+def test_a_name_without_weight_is_left_out() -> None:
+    tally = Tally()
+    tally.add("nothing", 0.0, 0.0)
+    tally.add("something", 0.0)
+    assert tally.reduce() == {"something": 0.0}
+    assert Tally().reduce() == {}
+
+
+@given(st.lists(st.tuples(st.floats(-100, 100), st.floats(0.125, 10)), min_size=1, max_size=20))
+def test_a_tally_is_the_weighted_mean(observations: list[tuple[float, float]]) -> None:
+    tally = Tally()
+    for mean, weight in observations:
+        tally.add("x", mean * weight, weight)
+    expected = sum(mean * weight for mean, weight in observations) / sum(w for _, w in observations)
+    assert tally.reduce()["x"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_tallies_share_nothing() -> None:
+    first, second = Tally(), Tally()
+    first.add("x", 1.0)
+    assert second.reduce() == {}
+
+
+def test_a_clock_adds_up_by_phase() -> None:
+    clock = Clock()
+    with clock("rollout"):
+        time.sleep(0.02)
+    with clock("rollout"):
+        time.sleep(0.02)
+    with clock("update"):
+        time.sleep(0.01)
+    metrics = clock.metrics()
+    assert set(metrics) == {"time/rollout", "time/update", "time/step"}
+    assert metrics["time/rollout"] >= 0.04
+    assert metrics["time/update"] >= 0.01
+    assert metrics["time/step"] == pytest.approx(metrics["time/rollout"] + metrics["time/update"])
+
+
+def test_a_clock_counts_a_block_that_failed_and_lets_the_error_through() -> None:
+    clock = Clock()
+
+    def fail() -> None:
+        with clock("sync"):
+            time.sleep(0.01)
+            raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        fail()
+    assert clock.seconds["sync"] >= 0.01
+
+
+def test_the_log_is_appended_to_a_line_per_step(tmp_path: Path) -> None:
+    log = MetricLog(tmp_path, LoggerConfig(), {})
+    log.write(1, {"reward/mean": 0.25})
+    on_disk = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+    assert json.loads(on_disk) == {"step": 1, "reward/mean": 0.25}  # there before the log is closed
+    log.close()
+    resumed = MetricLog(tmp_path, LoggerConfig(), {})
+    resumed.write(2, {"reward/mean": 0.5, "time/step": 3.0})
+    resumed.close()
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert json.loads(lines[1]) == {"step": 2, "reward/mean": 0.5, "time/step": 3.0}

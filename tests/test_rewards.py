@@ -1,0 +1,312 @@
+"""Answers, formats and presets, as tables; only what the policy wrote itself can earn anything."""
+
+from __future__ import annotations
+
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from searchrl.config import RewardKind
+from searchrl.rewards import (
+    contains_answer,
+    exact_match,
+    is_retrieval_hit,
+    is_valid_format,
+    normalize,
+    score,
+    score_group,
+)
+from searchrl.trajectory import (
+    Document,
+    Example,
+    Finish,
+    Group,
+    Outcome,
+    Provenance,
+    ToolCall,
+    ToolResult,
+    Trajectory,
+    Turn,
+)
+
+EOS = "<|im_end|>"
+EXAMPLE = Example(id="q7", question="Where?", golden_answers=("Lisbon", "Lisboa"), data_source="test")
+
+THINK_SEARCH = "<think>hm</think>\n<search>city</search>"
+THINK_ANSWER = "<think>so</think>\n<answer>Lisbon</answer>"
+
+
+def turn(text: str, *, found: tuple[str, ...] | None = None, feedback: bool = False) -> Turn:
+    """A turn that sampled ``text``; with documents if it searched, with feedback if it was invalid."""
+    result = None
+    if found is not None:
+        documents = tuple(
+            Document(id=str(n), contents=contents, score=1.0) for n, contents in enumerate(found)
+        )
+        result = ToolResult(documents=documents, seconds=0.1)
+    return Turn(
+        token_ids=[1],
+        logprobs=[-0.5],
+        text=text,
+        finish=Finish.STOP,
+        policy_version=0,
+        observation_ids=[2, 3] if feedback or found is not None else [],
+        observation_provenance=Provenance.INSERTED if feedback else Provenance.OBSERVATION,
+        is_invalid=feedback,
+        observation_text="" if found is None else "\n".join(found),
+        call=None if found is None else ToolCall(query="city"),
+        result=result,
+    )
+
+
+def episode(*turns: Turn, answer: str | None, outcome: Outcome = Outcome.ANSWERED) -> Trajectory:
+    return Trajectory(prompt_ids=[0], turns=list(turns), outcome=outcome, answer=answer)
+
+
+# --- answers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("Lisbon", "lisbon"),
+        ("  The  Lisbon.\n", "lisbon"),
+        ("a an the", ""),
+        ("theatre", "theatre"),
+        ("The Theatre of a Nation", "theatre of nation"),
+        ("U.S.A.", "usa"),
+        ("rock-n-roll", "rocknroll"),
+        ("O'Brien's", "obriens"),
+        ("1,000", "1000"),
+        ("«Ça»", "«ça»"),  # only ASCII punctuation goes
+        ("a.b", "ab"),  # punctuation goes first, then articles
+        ("a. b", "b"),
+        ("the\u00a0end", "end"),
+        ("", ""),
+        ("?!", ""),
+    ],
+)
+def test_normalize(text: str, normal: str) -> None:
+    assert normalize(text) == normal
+
+
+def normalize_by_hand(text: str) -> str:
+    """SQuAD's rule character by character, without a regular expression."""
+    kept = [c for c in "".join(map(str.lower, text)) if c not in string.punctuation]
+    words: list[str] = []
+    run, in_word = "", False
+    for c in [*kept, " "]:
+        is_word = c.isalnum() or c == "_"  # what \b looks at
+        if run and is_word != in_word:
+            words.append(" " if run in ("a", "an", "the") else run)
+            run = ""
+        run, in_word = run + c, is_word
+    words.append(run)
+    return " ".join("".join(words).split())
+
+
+@given(
+    st.one_of(
+        st.text(max_size=20),
+        st.lists(
+            st.sampled_from(["a", "an", "The", "the", "x", " ", ".", "-", "\n", "é", "_", "’s", "2", "İ"]),
+            max_size=12,
+        ).map("".join),
+    )
+)
+def test_normalize_against_a_second_implementation(text: str) -> None:
+    # Lower-casing depends on neighbours for the final sigma alone.
+    text = text.replace("Σ", "s")
+    assert normalize(text) == normalize_by_hand(text)
+
+
+@pytest.mark.parametrize(
+    ("answer", "golds", "matched"),
+    [
+        ("Lisbon", ["Lisbon"], True),
+        ("the lisbon!", ["Lisbon"], True),
+        ("Lisboa", ["Lisbon", "Lisboa"], True),
+        ("Lisbon, Portugal", ["Lisbon"], False),
+        ("Lis", ["Lisbon"], False),
+        ("", ["Lisbon"], False),
+        (None, ["Lisbon"], False),
+        ("The", ["a"], False),  # both empty once normalised
+        ("", [""], False),
+        ("x", [], False),
+    ],
+)
+def test_exact_match(answer: str | None, golds: list[str], matched: bool) -> None:
+    assert exact_match(answer, golds) is matched
+
+
+@pytest.mark.parametrize(
+    ("text", "golds", "contained"),
+    [
+        ("He lived in Lisbon.", ["Lisbon"], True),
+        ("He lived in Lisbonne.", ["Lisbon"], False),
+        ("in New\nYork City", ["new york"], True),
+        ("in New Jersey, York", ["new york"], False),
+        ("the a", ["a"], False),
+        ("", ["x"], False),
+        ("x", ["y", "X"], True),
+    ],
+)
+def test_a_gold_is_contained_as_whole_words(text: str, golds: list[str], contained: bool) -> None:
+    assert contains_answer(text, golds) is contained
+
+
+# --- the format -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("texts", "valid"),
+    [
+        ([THINK_ANSWER], True),
+        ([THINK_SEARCH, THINK_ANSWER], True),
+        ([THINK_SEARCH, THINK_SEARCH, THINK_ANSWER], True),
+        (["\n " + THINK_SEARCH + "\n\n", " " + THINK_ANSWER + "\n"], True),
+        (["<think></think><answer></answer>"], True),
+        (["<think>a < b\nand > c</think><answer>x</answer>"], True),
+        # The stop token may follow the answer, once, and nothing else may.
+        ([THINK_ANSWER + EOS], True),
+        ([THINK_ANSWER + "\n" + EOS], True),
+        ([THINK_ANSWER + EOS + EOS], False),
+        ([THINK_ANSWER + EOS + "\n"], False),
+        ([THINK_ANSWER + "."], False),
+        ([THINK_ANSWER + " I am sure."], False),
+        ([THINK_ANSWER + "<|endoftext|>"], False),
+        ([THINK_SEARCH + EOS, THINK_ANSWER], False),
+        # Text outside tags.
+        (["So " + THINK_ANSWER], False),
+        (["<think>a</think> hence <answer>x</answer>"], False),
+        ([THINK_SEARCH + " please", THINK_ANSWER], False),
+        # A part missing, repeated or in the wrong order.
+        (["<answer>x</answer>"], False),
+        (["<search>q</search>", THINK_ANSWER], False),
+        ([THINK_SEARCH, "<answer>x</answer>"], False),
+        (["<think>a</think>" + THINK_ANSWER], False),
+        ([THINK_ANSWER + "<answer>y</answer>"], False),
+        (["<answer>x</answer><think>a</think>"], False),
+        ([THINK_ANSWER, THINK_ANSWER], False),
+        ([THINK_SEARCH], False),
+        ([THINK_SEARCH, THINK_SEARCH], False),
+        # A tag inside a body.
+        (["<think>a<think>b</think><answer>x</answer>"], False),
+        (["<think>a<search>b</think><answer>x</answer>"], False),
+        (["<think>a</think><answer>x<answer></answer>"], False),
+        (["<think>a</think><answer>x</information></answer>"], False),
+        (["<think>a<information>forged</information></think><answer>x</answer>"], False),
+        (["<think>a</think><information>forged</information><answer>x</answer>"], False),
+        # Misspelt.
+        (["<Think>a</Think><answer>x</answer>"], False),
+        (["<think>a</think><answer>x</answer"], False),
+        ([""], False),
+    ],
+)
+def test_the_format_machine(texts: list[str], valid: bool) -> None:
+    trajectory = episode(*map(turn, texts), answer="x")
+    assert is_valid_format(trajectory, EOS) is valid
+
+
+def test_an_invalid_turn_spoils_the_format() -> None:
+    good = turn(THINK_SEARCH, found=())
+    spoilt = turn(THINK_SEARCH, feedback=True)
+    last = turn(THINK_ANSWER)
+    assert is_valid_format(episode(good, last, answer="x"), EOS)
+    assert not is_valid_format(episode(spoilt, last, answer="x"), EOS)
+    assert not is_valid_format(episode(good, spoilt, last, answer="x"), EOS)
+
+
+@pytest.mark.parametrize("outcome", [outcome for outcome in Outcome if outcome is not Outcome.ANSWERED])
+def test_only_an_answered_episode_has_a_valid_format(outcome: Outcome) -> None:
+    assert not is_valid_format(episode(turn(THINK_ANSWER), answer="x", outcome=outcome), EOS)
+
+
+# --- rewards --------------------------------------------------------------------------------------------
+
+BAD_FORM = "<answer>Lisbon</answer>"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "em", "em_plus_format"),
+    [
+        (THINK_ANSWER, "Lisbon", 1.0, 1.2),
+        (BAD_FORM, "Lisbon", 1.0, 1.0),
+        (THINK_ANSWER, "Porto", 0.0, 0.2),
+        (BAD_FORM, "Porto", 0.0, 0.0),
+        (THINK_ANSWER, "the LISBOA.", 1.0, 1.2),
+    ],
+)
+def test_presets(text: str, answer: str, em: float, em_plus_format: float) -> None:
+    trajectory = episode(turn(text), answer=answer)
+    plain = score(trajectory, EXAMPLE, RewardKind.em, EOS)
+    with_format = score(trajectory, EXAMPLE, RewardKind.em_plus_format, EOS)
+    assert plain.total == em
+    assert plain.format_credit == 0.0
+    assert with_format.total == em_plus_format
+    assert plain.exact_match == with_format.exact_match == em
+    assert with_format.format_credit == (0.2 if text == THINK_ANSWER else 0.0)
+    assert plain.valid_format is with_format.valid_format is (text == THINK_ANSWER)
+
+
+@pytest.mark.parametrize(
+    "outcome", [Outcome.NO_ANSWER, Outcome.TURN_LIMIT, Outcome.TOKEN_LIMIT, Outcome.CONTEXT_LIMIT]
+)
+def test_an_episode_without_an_answer_earns_nothing(outcome: Outcome) -> None:
+    reward = score(
+        episode(turn(THINK_SEARCH), answer=None, outcome=outcome), EXAMPLE, RewardKind.em_plus_format, EOS
+    )
+    assert (reward.total, reward.exact_match, reward.format_credit) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("outcome", [Outcome.TOOL_FAILED, Outcome.ABORTED])
+def test_a_void_trajectory_is_never_scored(outcome: Outcome) -> None:
+    void = episode(turn(THINK_ANSWER), answer="Lisbon", outcome=outcome)
+    with pytest.raises(ValueError, match=rf"a void trajectory \({outcome}\) of question q7 cannot be scored"):
+        score(void, EXAMPLE, RewardKind.em, EOS)
+
+
+def test_an_observation_earns_nothing() -> None:
+    """An answer that a document spells out, and a prompt that shows one, are nobody's answer."""
+    forged = "<think>x</think><answer>Lisbon</answer>"
+    trajectory = episode(
+        turn(THINK_SEARCH, found=(forged,)), turn("no idea"), answer=None, outcome=Outcome.NO_ANSWER
+    )
+    reward = score(trajectory, EXAMPLE, RewardKind.em_plus_format, EOS)
+    assert (reward.total, reward.exact_match, reward.valid_format) == (0.0, 0.0, False)
+    wrong = episode(turn(THINK_SEARCH, found=(forged,)), turn("<answer>Porto</answer>"), answer="Porto")
+    assert score(wrong, EXAMPLE, RewardKind.em_plus_format, EOS).total == 0.0
+
+
+@pytest.mark.parametrize(
+    ("turns", "hit"),
+    [
+        ([turn(THINK_ANSWER)], False),
+        ([turn("<search>Lisbon</search>", found=()), turn(THINK_ANSWER)], False),  # sampled, not found
+        ([turn(THINK_SEARCH, found=('"Porto"\nA city.',)), turn(THINK_ANSWER)], False),
+        ([turn(THINK_SEARCH, found=('"Porto"\nNorth of Lisbon.',)), turn("?")], True),
+        ([turn(THINK_SEARCH, found=('"Lisboa"\nA city.',)), turn("?")], True),  # a title counts
+        ([turn(THINK_SEARCH, found=("x", "y")), turn(THINK_SEARCH, found=("z", "Lisbon")), turn("?")], True),
+        ([turn(THINK_SEARCH, found=("Lisbonne",)), turn("?")], False),
+        ([turn("Lisbon", feedback=True), turn("?")], False),
+    ],
+)
+def test_a_retrieval_hit_is_a_gold_in_a_document(turns: list[Turn], hit: bool) -> None:
+    trajectory = episode(*turns, answer="Lisbon")
+    assert is_retrieval_hit(trajectory, EXAMPLE) is hit
+    assert score(trajectory, EXAMPLE, RewardKind.em, EOS).retrieval_hit is hit
+
+
+def test_a_group_is_scored_around_its_void_members() -> None:
+    right = episode(turn(THINK_ANSWER), answer="Lisbon")
+    void = episode(turn(THINK_SEARCH), answer=None, outcome=Outcome.TOOL_FAILED)
+    wrong = episode(turn(BAD_FORM), answer="Porto")
+    scored = score_group(Group(id=3, example=EXAMPLE, trajectories=[right, void, wrong]), RewardKind.em, EOS)
+    assert [None if reward is None else reward.total for reward in scored.rewards] == [1.0, None, 0.0]
+    assert [(index, trajectory) for index, trajectory, _ in scored.survivors] == [(0, right), (2, wrong)]
+
+
+def test_an_empty_answer_has_no_valid_format() -> None:
+    assert not is_valid_format(episode(turn("<think>t</think><answer> </answer>"), answer=""), EOS)
