@@ -186,8 +186,8 @@ def test_messages_of_hydra_reach_the_user(override: str, parts: list[str]) -> No
 # --- what is refused: by validation ---------------------------------------------------------------------
 
 TOO_LONG = (
-    "an episode may need 472 tokens (3 turns of 24, 2 observations of 200) besides its prompt, but "
-    "episode.max_context_tokens=472; raise it, or lower the others"
+    "an episode may need 176 tokens (2 turns of 64, 1 observations of 48) besides its prompt, but "
+    "episode.max_context_tokens=176; raise it, or lower the others"
 )
 RENORMALISE = "truncates the distribution that rollouts sample from, but the loss does not renormalise;"
 
@@ -198,7 +198,7 @@ RENORMALISE = "truncates the distribution that rollouts sample from, but the los
         (["sampling.top_p=0.95"], f"sampling.top_p=0.95 {RENORMALISE} set it to 1"),
         (["sampling.top_k=50"], f"sampling.top_k=50 {RENORMALISE} set it to 0 (off)"),
         (["group_size=1"], "group_size=1 leaves nothing to compare within a group; use at least 2"),
-        (["episode.max_context_tokens=472"], TOO_LONG),
+        (["episode.max_context_tokens=176"], TOO_LONG),
         (
             ["episode.max_observation_tokens=31"],
             "episode.max_observation_tokens=31 leaves no room for documents between the tags; "
@@ -414,7 +414,7 @@ def test_what_is_not_used_is_not_checked() -> None:
 def test_validate_prints_what_the_run_amounts_to(capsys: pytest.CaptureFixture[str]) -> None:
     main(["validate", "+experiment=smoke", "name=mine"])
     assert capsys.readouterr().out == (
-        "valid: 2 steps of 4 groups x 2 = 8 trajectories, 16 in all; run directory runs/mine\n"
+        "valid: 2 steps of 4 groups x 4 = 16 trajectories, 32 in all; run directory runs/mine\n"
     )
 
 

@@ -27,7 +27,7 @@ from searchrl.evaluate import (
 )
 
 PLAIN = Result(
-    id="0", hops=0, exact_match=False, valid_format=False, retrieval_hit=False, searches=0, void=False
+    id="0", hops=0, exact_match=False, valid_format=False, retrieval_hit=False, searches=0, error=None
 )
 
 
@@ -128,9 +128,9 @@ def test_the_table_of_one_evaluation() -> None:
     some[1] = replace(some[1], retrieval_hit=True, valid_format=True, searches=1)
     rows = table_rows(some)
     assert [len(row) for row in rows] == [len(TABLE_COLUMNS)] * 3
-    assert rows[0] == ["all", "4", str(wilson(2, 4)), "1.75", "0.250", "0.250"]
-    assert rows[1] == ["1 hop", "2", str(wilson(1, 2)), "1.50", "0.500", "0.500"]
-    assert rows[2] == ["2 hop", "2", str(wilson(1, 2)), "2.00", "0.000", "0.000"]
+    assert rows[0] == ["all", "4", str(wilson(2, 4)), "1.75", "0.250", "0.250", "0"]
+    assert rows[1] == ["1 hop", "2", str(wilson(1, 2)), "1.50", "0.500", "0.500", "0"]
+    assert rows[2] == ["2 hop", "2", str(wilson(1, 2)), "2.00", "0.000", "0.000", "0"]
 
 
 def test_the_table_of_a_comparison() -> None:
@@ -156,7 +156,7 @@ def test_a_comparison_of_other_questions_is_refused() -> None:
 
 def test_eval_metrics() -> None:
     some = results("0111", hops="2112", searches=2)
-    some[0] = replace(some[0], void=True)
+    some[0] = replace(some[0], error="no connection")
     assert eval_metrics(some) == {
         "eval/void": 1.0,
         "eval/exact_match": 0.75,
@@ -178,7 +178,7 @@ def test_eval_metrics() -> None:
             valid_format=st.booleans(),
             retrieval_hit=st.booleans(),
             searches=st.integers(0, 9),
-            void=st.booleans(),
+            error=st.none() | st.text(),
         ),
         max_size=5,
     )

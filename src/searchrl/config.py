@@ -251,7 +251,7 @@ class SyncConfig:
     """Fixed prompts, from the first training questions, that are probed after every sync."""
     probe_tokens: int = 8
     """Tokens that the engine continues each with, which the trainer then scores."""
-    probe_max_abs_diff: float = 0.25
+    probe_max_abs_diff: float = 0.1
     """Largest allowed difference of a log-probability. Measured: fp32 1e-5, bf16 0.03 (docs/operations)."""
 
 
@@ -314,7 +314,7 @@ class Config:
     run_dir: str = "runs/${name}"
     """Where everything that a run makes is kept."""
     checkpoint: str = ""
-    """``eval``: a model folder to evaluate in place of ``model.path`` and any warm start."""
+    """A model folder to evaluate, or to train from, in place of ``model.path`` and any warm start."""
     assets: str = "assets"
     """Where models, corpora and indexes from packages are kept."""
     seed: int = 0

@@ -30,8 +30,8 @@ class Result:
     valid_format: bool
     retrieval_hit: bool
     searches: int
-    void: bool
-    """The search tool failed: counted as wrong, and shown."""
+    error: str | None
+    """Why the trajectory is void, if it is: counted as wrong, and shown."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -117,7 +117,7 @@ def _result(item: ScoredGroup) -> Result:
         valid_format=reward is not None and reward.valid_format,
         retrieval_hit=reward is not None and reward.retrieval_hit,
         searches=trajectory.num_searches,
-        void=reward is None,
+        error=trajectory.error,
     )
 
 
@@ -130,7 +130,7 @@ def by_hops(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def table_rows(results: Sequence[Result]) -> list[list[str]]:
-    """Rows: questions, n, exact match with interval, searches, share with a gold among the documents."""
+    """Rows as ``TABLE_COLUMNS``; "gold shown": share with a gold answer in a document that was read."""
     return [
         [
             name,
@@ -139,12 +139,13 @@ def table_rows(results: Sequence[Result]) -> list[list[str]]:
             f"{_mean([result.searches for result in part]):.2f}",
             f"{_mean([result.retrieval_hit for result in part]):.3f}",
             f"{_mean([result.valid_format for result in part]):.3f}",
+            str(sum(result.error is not None for result in part)),
         ]
         for name, part in by_hops(results).items()
     ]
 
 
-TABLE_COLUMNS = ("questions", "n", "exact match [95 %]", "searches", "gold shown", "valid format")
+TABLE_COLUMNS = ("questions", "n", "exact match [95 %]", "searches", "gold shown", "valid format", "void")
 
 
 def comparison_rows(before: Sequence[Result], after: Sequence[Result]) -> list[list[str]]:
@@ -180,7 +181,7 @@ COMPARISON_COLUMNS = (
 
 def eval_metrics(results: Sequence[Result]) -> dict[str, float]:
     """``eval/...`` numbers for the log."""
-    metrics = {"eval/void": float(sum(result.void for result in results))}
+    metrics = {"eval/void": float(sum(result.error is not None for result in results))}
     for name, part in by_hops(results).items():
         suffix = "" if name == "all" else "_" + name.replace(" ", "_")
         metrics[f"eval/exact_match{suffix}"] = _mean([result.exact_match for result in part])

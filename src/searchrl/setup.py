@@ -114,13 +114,18 @@ def initial_policy(env: Environment) -> Path | str:
     model = resolve_model(cfg.checkpoint or cfg.model.path, Path(cfg.assets))
     if cfg.checkpoint or cfg.warmstart.demonstrations == 0:
         return model
+    if cfg.retrieval.kind is RetrievalKind.none or cfg.retrieval.shuffle_documents:
+        raise ConfigError(
+            "the warm start needs real search results: evaluate a trained model under this retrieval with "
+            "`searchrl eval … checkpoint=runs/NAME/model`, or train from one with checkpoint=…"
+        )
     inputs = WarmstartInputs(
         model=model,
         tokenizer=env.tokenizer,
         protocol=env.protocol,
         tool=env.tool,
         examples=env.train_examples,
-        fingerprint=f"{cfg.model.path} {fingerprint(env.train_examples)} {_index_name(cfg)}",
+        fingerprint=f"{cfg.model.path} {fingerprint(env.train_examples)} {cfg.retrieval!r}",
     )
     return warmstart(cfg, inputs, world=env.world, runner=env.runner, console=env.console)
 

@@ -73,10 +73,6 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
             if update is not None:
                 metrics |= {"update/grad_norm": update.grad_norm, "update/lr": update.lr}
             metrics |= clock.metrics() | _machine_metrics(cfg)
-            write_trajectories(
-                env.run_dir / "trajectories" / f"step-{step + 1:06d}.rank{env.world.rank}.jsonl",
-                scored,
-            )
             if cfg.eval.every and (step + 1) % cfg.eval.every == 0 and step + 1 < cfg.steps:
                 metrics |= eval_metrics(_evaluate(run, step + 1, cfg.eval.interim_questions))
             if log is not None:
@@ -111,21 +107,27 @@ def _rollout(run: Run, sampler: Sampler, step: int) -> list[ScoredGroup]:
             )
         )
     scored = [score_group(group, cfg.reward.kind, run.env.protocol.eos_text) for group in groups]
-    _check_failures(run, scored)
+    name = f"step-{step + 1:06d}.rank{world.rank}.jsonl"
+    write_trajectories(run.env.run_dir / "trajectories" / name, scored)
+    errors = [str(t.error) for item in scored for t in item.group.trajectories if t.outcome.is_void]
+    _check_failures(run, errors, share * cfg.group_size * world.size)
     return scored
 
 
-def _check_failures(run: Run, scored: Sequence[ScoredGroup]) -> None:
-    """Stop when searches fail too often: what survives is no fair sample of the questions."""
-    errors = [t.error for item in scored for t in item.group.trajectories if t.outcome.is_void]
-    total = sum(len(item.rewards) for item in scored)
-    failed, total = (int(x) for x in reduce_values([len(errors), total], "sum"))
-    if failed > run.env.cfg.retrieval.max_failed_fraction * total:
-        reasons = sorted({str(error) for part in gather_objects(errors) for error in part})
+def _check_failures(run: Run, errors: Sequence[str], total: int) -> None:
+    """Stop when searches fail too often: what survives is no fair sample of the questions.
+
+    Args:
+        run: this rank's parts.
+        errors: why trajectories of this rank are void, one each.
+        total: trajectories of all ranks.
+    """
+    everywhere = [error for part in gather_objects(list(errors)) for error in part]
+    if len(everywhere) > run.env.cfg.retrieval.max_failed_fraction * total:
         raise TrainingError(
-            f"{failed} of {total} trajectories are void, more than retrieval.max_failed_fraction="
+            f"{len(everywhere)} of {total} trajectories are void, more than retrieval.max_failed_fraction="
             f"{run.env.cfg.retrieval.max_failed_fraction:g} allows; the searches failed with: "
-            + "; ".join(reasons[:3])
+            + "; ".join(sorted(set(everywhere))[:3])
         )
 
 
@@ -236,6 +238,9 @@ def _evaluate(run: Run, step: int, questions: int) -> list[Result]:
             log=run.env.run_dir / "trajectories" / f"eval-{step:06d}.rank{run.env.world.rank}.jsonl",
             on_finish=advance,
         )
+    # Counted as wrong below a bound; above it the table would say something about the server.
+    void = [result.error for result in results if result.error is not None] if run.env.world.is_main else []
+    _check_failures(run, void, len(results))
     if run.env.world.is_main:
         save_results(run.env.run_dir / "eval" / f"step-{step:06d}.json", results)
     run.env.console.table(f"after step {step}", TABLE_COLUMNS, table_rows(results))

@@ -1,7 +1,7 @@
 """The command line end to end: real model, engine, DeepSpeed, search server; killed, resumed, on two ranks.
 
-The policy is tiny, but its warm start teaches it to search, and sometimes to answer in the right form: so
-searches, rewards and gradients are all there.
+smoke's policy is tiny, but its warm start teaches it to search, and sometimes to answer in the right form:
+so searches, rewards and gradients are all there.
 """
 
 from __future__ import annotations
@@ -24,18 +24,7 @@ from integration.launch import child, gone, python, read_until, run, started
 
 pytestmark = pytest.mark.integration
 
-SETTINGS = (
-    "+experiment=smoke",
-    "group_size=4",
-    "sampling.temperature=0.7",
-    "optimizer.lr=2e-4",
-    "data.train_hops=[1]",
-    "warmstart={demonstrations: 8, epochs: 60, two_hop_fraction: 0.0, lr: 3e-3}",
-    "episode={prompt_template: '{question}', max_searches: 1, top_k: 1}",
-    "episode={max_turn_tokens: 64, max_observation_tokens: 48, max_context_tokens: 512}",
-    "eval.questions=4",
-    "retrieval.timeout_s=5",
-)
+SETTINGS = ("+experiment=smoke", "eval.questions=4", "retrieval.timeout_s=5")
 SERVER = "searchrl.retrieval.server"
 PROMISED = (  # PROTOCOL §5
     "search_r1/turns_per_sample",
