@@ -30,7 +30,7 @@ $(STAMP): requirements/cpu.txt pyproject.toml
 
 quickstart: setup  ## Train SmolLM2-135M to search, on the CPU, in minutes
 	$(BIN)/searchrl data worldfacts
-	$(BIN)/searchrl train +experiment=quickstart
+	$(BIN)/searchrl train +experiment=quickstart name=quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: setup  ## Run unit tests, then integration tests; one summary at the end
 	$(BIN)/python -m pytest -m "not gpu"

@@ -24,7 +24,7 @@ from searchrl.actor import Actor, TokenOutputs
 from searchrl.batching import balance, count_loss_tokens, pack
 from searchrl.config import Config, ConfigError, OptimizerConfig, Schedule, WarmstartConfig
 from searchrl.console import Console
-from searchrl.distributed import World, barrier
+from searchrl.distributed import World, barrier, broadcast_object
 from searchrl.protocol import Protocol
 from searchrl.rewards import contains_answer
 from searchrl.tools import Tool
@@ -59,10 +59,9 @@ def warmstart(
         [RECIPE, asdict(cfg.warmstart), asdict(cfg.episode), cfg.model.dtype, cfg.seed, inputs.fingerprint]
     )
     folder = Path(cfg.assets) / "warmstart" / hashlib.sha256(key.encode()).hexdigest()[:16]
-    if (folder / "config.json").exists():
+    if broadcast_object((folder / "config.json").exists()):  # one decision for all ranks
         console.say(f"warm start: cached in {folder}")
         return folder
-    barrier()  # nobody may see the folder appear while others still decide
     demonstrations = runner.run(_demonstrations(cfg.warmstart, inputs, random.Random(cfg.seed)))
     console.say(
         f"warm start: {len(demonstrations)} demonstrations, for example\n{_show(demonstrations, inputs)}"

@@ -43,7 +43,13 @@ PROMISED = (  # PROTOCOL §5
     "time/update",
     "time/sync",
 )
-WITH_AN_UPDATE = ("tis/effective_sample_size", "tis/ess_ratio", "update/grad_norm", "loss/policy_loss")
+WITH_AN_UPDATE = (
+    "loss/ref_k3",
+    "tis/effective_sample_size",
+    "tis/ess_ratio",
+    "update/grad_norm",
+    "loss/policy_loss",
+)
 
 
 @dataclass(frozen=True)
