@@ -280,5 +280,5 @@ def test_the_real_set(assets: Path, tmp_path: Path) -> None:
     assert first.rows["dev.jsonl"] >= 500
     assert first.rows["train.jsonl"] >= 5000
     words = [len(passage.partition("\n")[2].split()) for passage in corpus(tmp_path / "one")]
-    assert 25 <= sum(words) / len(words) <= 55
+    assert 15 <= sum(words) / len(words) <= 40
     assert max(words) <= 90
