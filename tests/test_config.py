@@ -460,3 +460,10 @@ def test_only_the_first_rank_claims_the_directory(workplace: Path, monkeypatch: 
     monkeypatch.setenv("RANK", "1")
     _claim_run_dir(cfg, resolved)
     assert not (workplace / "runs").exists()
+
+
+def test_an_evaluation_does_not_write_over_a_run(workplace: Path) -> None:
+    (workplace / "runs" / "mine").mkdir(parents=True)
+    (workplace / "runs" / "mine" / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match="runs/mine holds a run already"):
+        main(["eval", "+experiment=smoke", "name=mine"])

@@ -121,8 +121,7 @@ def pack(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:
             a token.
     """
     _checked_lengths(samples, max_tokens)
-    units = _units(samples, max_tokens)
-    sizes = [_distinct_prefixes([samples[index] for index in unit]) for unit in units]
+    units, sizes = _units(samples, max_tokens)
     rows: list[list[int]] = []
     room: list[int] = []
     for number in _longest_first(sizes):
@@ -219,40 +218,56 @@ def _checked_lengths(samples: Sequence[Sample], max_tokens: int) -> list[int]:
     return [len(sample.trajectory.token_ids) for sample in samples]
 
 
-def _units(samples: Sequence[Sample], max_tokens: int) -> list[list[int]]:
-    """Indices of samples that share a prompt, together as far as their distinct prefixes fit a row."""
+Trie = dict[tuple[int, int], int]
+"""(parent, token) to node; nodes count up from 0, and a first token's parent is -1."""
+
+
+def _units(samples: Sequence[Sample], max_tokens: int) -> tuple[list[list[int]], list[int]]:
+    """Samples that share a prompt, together as far as their distinct prefixes fit a row.
+
+    Returns indices of samples by unit, and how many distinct prefixes each unit has.
+    """
     units: list[list[int]] = []
-    newest: dict[tuple[int, ...], list[int]] = {}
+    tries: list[Trie] = []
+    newest: dict[tuple[int, ...], int] = {}
     for index, sample in enumerate(samples):
-        prompt = tuple(sample.trajectory.prompt_ids)
-        unit = newest.get(prompt)
-        if unit is None or _distinct_prefixes([samples[i] for i in [*unit, index]]) > max_tokens:
-            units.append(unit := [])
-            newest[prompt] = unit
-        unit.append(index)
-    return units
+        prompt, token_ids = tuple(sample.trajectory.prompt_ids), sample.trajectory.token_ids
+        number = newest.get(prompt)
+        if number is None or _size_with(tries[number], token_ids) > max_tokens:
+            number = newest[prompt] = len(units)
+            units.append([])
+            tries.append({})
+        units[number].append(index)
+        _insert(tries[number], token_ids)
+    return units, [len(trie) for trie in tries]
 
 
-def _nodes(samples: Sequence[Sample]) -> tuple[dict[tuple[int, int], int], list[int]]:
-    """The trie of the samples' tokens as (parent, token) to node, and the node of every token in turn."""
-    nodes: dict[tuple[int, int], int] = {}
-    node_of: list[int] = []
-    for sample in samples:
-        parent = -1
-        for token in sample.trajectory.token_ids:
-            parent = nodes.setdefault((parent, token), len(nodes))
-            node_of.append(parent)
-    return nodes, node_of
+def _insert(trie: Trie, token_ids: Sequence[int]) -> list[int]:
+    """Add a sequence; returns the node of each token."""
+    path: list[int] = []
+    parent = -1
+    for token in token_ids:
+        parent = trie.setdefault((parent, token), len(trie))
+        path.append(parent)
+    return path
 
 
-def _distinct_prefixes(samples: Sequence[Sample]) -> int:
-    return len(_nodes(samples)[0])
+def _size_with(trie: Trie, token_ids: Sequence[int]) -> int:
+    """Nodes that the trie would have with this sequence: after the first new token all are new."""
+    parent = -1
+    for known, token in enumerate(token_ids):
+        node = trie.get((parent, token))
+        if node is None:
+            return len(trie) + len(token_ids) - known
+        parent = node
+    return len(trie)
 
 
 def _build_shared(row: Sequence[Sample]) -> MicroBatch:
     """A packed row, with its prefix tree if any prefix is shared."""
     batch = _build([row])
-    nodes, node_of = _nodes(row)
+    nodes: Trie = {}
+    node_of = [node for sample in row for node in _insert(nodes, sample.trajectory.token_ids)]
     if len(nodes) == len(node_of):
         return batch
     mask = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)

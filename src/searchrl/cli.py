@@ -20,7 +20,7 @@ Teach a language model to search while it reasons.
 
   searchrl data worldfacts                     build the quickstart's corpus and questions
   searchrl train +experiment=quickstart        warm start, GRPO, evaluation before and after
-  searchrl eval  +experiment=quickstart checkpoint=runs/NAME/model
+  searchrl eval  +experiment=quickstart name=OTHER checkpoint=runs/NAME/model
   searchrl train +experiment=quickstart steps=5 group_size=4 optimizer.lr=1e-5
 """
 
@@ -127,7 +127,8 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    cfg, _ = load_config(args.overrides)
+    cfg, resolved = load_config(args.overrides)
+    _claim_run_dir(cfg, resolved)
     _prepare(cfg)
     from searchrl.trainer import evaluate_checkpoint
 

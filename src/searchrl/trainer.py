@@ -202,9 +202,8 @@ def _sampler(run: Run) -> Sampler:
 
 def _weight_sync(run: Run, actor: Actor) -> WeightSync:
     prompts = [run.env.protocol.prompt(example) for example in run.env.train_examples[:256]]
-    prompts = sorted(prompts, key=len)[
-        -run.env.cfg.sync.probe_sequences :
-    ]  # long ones fill whole cache blocks
+    # The longest: a stale prefix cache shows only in prompts that fill a whole cache block.
+    prompts = sorted(prompts, key=len)[-run.env.cfg.sync.probe_sequences :]
     return WeightSync(
         actor=actor,
         engine=run.engine,
