@@ -256,6 +256,11 @@ RENORMALISE = "truncates the distribution that rollouts sample from, but the los
         ),
         (["warmstart.two_hop_fraction=1.5"], "warmstart.two_hop_fraction=1.5 must lie between 0 and 1"),
         (
+            ["reward.kind=em_plus_format", "warmstart.demonstrations=8", "warmstart.thoughts=false"],
+            "reward.kind=em_plus_format rewards thinking before acting, which demonstrations with "
+            "warmstart.thoughts=false never show; choose warmstart.thoughts=true, or reward=em",
+        ),
+        (
             ["retrieval.max_failed_fraction=-0.1"],
             "retrieval.max_failed_fraction=-0.1 must lie between 0 and 1",
         ),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchrl.config import LoggerConfig
+from searchrl.config import LoggerConfig, WandbMode
 from searchrl.metrics import Clock, MetricLog, Tally
 
 
@@ -94,3 +94,14 @@ def test_the_log_is_appended_to_a_line_per_step(tmp_path: Path) -> None:
     lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     assert json.loads(lines[1]) == {"step": 2, "reward/mean": 0.5, "time/step": 3.0}
+
+
+def test_weights_and_biases_works_without_a_network(tmp_path: Path) -> None:
+    log = MetricLog(tmp_path, LoggerConfig(wandb=WandbMode.offline), {"seed": 3})
+    log.write(1, {"reward/mean": 0.25})
+    log.write(2, {"reward/mean": 0.5})
+    log.close()
+    (recorded,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    content = recorded.read_bytes()
+    for part in (b"searchrl", b"reward/mean", b"0.25", b"0.5", b"seed"):
+        assert part in content

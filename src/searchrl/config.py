@@ -287,6 +287,9 @@ class WarmstartConfig:
     """Trajectories, made from training questions with real search results; 0: no warm start."""
     two_hop_fraction: float = 0.25
     """Share of them that show two searches."""
+    thoughts: bool = True
+    """Demonstrations think before they act. False: they only act, which saves about a quarter of an episode's
+    tokens and leaves ``em_plus_format`` without credit to earn."""
     epochs: int = 1
     """Passes over them."""
     batch_size: int = 8

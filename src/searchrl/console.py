@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+PLAIN_PROGRESS_S = 20.0
+"""Seconds between lines of progress where there is no terminal to draw a bar in."""
 
 _STEP_COLUMNS = (
     ("reward", "reward/mean", "{:.3f}"),
@@ -57,7 +61,7 @@ class Console:
 
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Callable[[object], None]]:
-        """Yields a function to be called once per finished item. Without a terminal: a line each quarter."""
+        """Yields a function to be called once per finished item. Without a terminal: a line now and then."""
         if not self._enabled:
             yield lambda _: None
         elif not self._rich.is_terminal:
@@ -74,12 +78,13 @@ class Console:
                 yield lambda _: bar.advance(task)
 
     def _plain_progress(self, label: str, total: int) -> Callable[[object], None]:
-        done = 0
+        done, said = 0, time.monotonic()
 
         def advance(_: object) -> None:
-            nonlocal done
+            nonlocal done, said
             done += 1
-            if done * 4 // total > (done - 1) * 4 // total:
+            if time.monotonic() - said >= PLAIN_PROGRESS_S:
+                said = time.monotonic()
                 self.say(f"{label}: {done}/{total}")
 
         return advance

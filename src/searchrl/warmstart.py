@@ -30,7 +30,7 @@ from searchrl.rewards import contains_answer
 from searchrl.tools import Tool
 from searchrl.trajectory import Example, Finish, Outcome, Sample, ToolCall, Trajectory, Turn
 
-RECIPE = 1
+RECIPE = 2
 """Raised when demonstrations are made otherwise, so that cached models are made anew."""
 
 
@@ -125,7 +125,7 @@ async def _demonstrations(
             if len(made) >= count:
                 break
             chunk = candidates[start : start + 64]
-            results = await asyncio.gather(*(_demonstrate(e, inputs) for e in chunk))
+            results = await asyncio.gather(*(_demonstrate(e, inputs, config.thoughts) for e in chunk))
             made += [
                 Sample(trajectory=trajectory, advantage=1.0, id=f"demonstration/{example.id}")
                 for example, trajectory in zip(chunk, results, strict=True)
@@ -147,14 +147,14 @@ def _gold_queries(example: Example) -> list[str]:
     return [str(query) for query in queries] if isinstance(queries, list) else []
 
 
-async def _demonstrate(example: Example, inputs: WarmstartInputs) -> Trajectory | None:
-    """Search as ``gold_queries`` say, then answer; None if the last documents do not show the answer."""
+async def _demonstrate(example: Example, inputs: WarmstartInputs, thoughts: bool) -> Trajectory | None:
+    """Search as ``gold_queries`` say, then answer; None if a search does not show what it is for."""
     queries = _gold_queries(example)
     bridge = str(example.metadata.get("bridge_answer", ""))
     turns: list[Turn] = []
     for number, query in enumerate(queries):
         thought = "I need to search." if number == 0 else f"It is {bridge}. I need to search again."
-        turn = _turn(inputs, f"<think>{thought}</think>\n<search>{query}</search>")
+        turn = _turn(inputs, _think(thought, thoughts) + f"<search>{query}</search>")
         turn.call = ToolCall(query=query)
         turn.result = await inputs.tool(turn.call)
         sought = example.golden_answers if number == len(queries) - 1 else (bridge,)
@@ -164,10 +164,14 @@ async def _demonstrate(example: Example, inputs: WarmstartInputs) -> Trajectory 
         turn.observation_ids, turn.observation_text = said.token_ids, said.text
         turns.append(turn)
     gold = example.golden_answers[0]
-    turns.append(_turn(inputs, f"<think>I found it.</think>\n<answer>{gold}</answer>"))
+    turns.append(_turn(inputs, _think("I found it.", thoughts) + f"<answer>{gold}</answer>"))
     return Trajectory(
         prompt_ids=inputs.protocol.prompt(example), turns=turns, outcome=Outcome.ANSWERED, answer=gold
     )
+
+
+def _think(thought: str, thoughts: bool) -> str:
+    return f"<think>{thought}</think>\n" if thoughts else ""
 
 
 def _turn(inputs: WarmstartInputs, text: str) -> Turn:
