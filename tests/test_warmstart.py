@@ -1,4 +1,4 @@
-"""Demonstrations: made from training questions, with what a search really returned, and only if it shows enough."""
+"""Demonstrations: made from training questions, from what a search really returned, if it shows enough."""
 
 from __future__ import annotations
 
@@ -108,5 +108,5 @@ def test_a_search_that_does_not_show_the_answer_is_no_demonstration(
 def test_too_few_usable_questions_are_an_error_that_says_what_to_do(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    with pytest.raises(ConfigError, match="demonstrations=4 needs 3 .* 1 hop.* there are 1: lower it"):
+    with pytest.raises(ConfigError, match=r"demonstrations=4 needs 3 .* 1 hop.* there are 1: lower it"):
         demonstrations(tokenizer, [one_hop(0), TWO_HOPS], WarmstartConfig(demonstrations=4))

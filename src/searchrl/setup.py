@@ -125,9 +125,18 @@ def initial_policy(env: Environment) -> Path | str:
         protocol=env.protocol,
         tool=env.tool,
         examples=env.train_examples,
-        fingerprint=f"{cfg.model.path} {fingerprint(env.train_examples)} {cfg.retrieval!r}",
+        fingerprint=_warmstart_fingerprint(env),
     )
     return warmstart(cfg, inputs, world=env.world, runner=env.runner, console=env.console)
+
+
+def _warmstart_fingerprint(env: Environment) -> str:
+    """What decides a warm start's data; settings of how searches travel (timeouts) do not belong to it."""
+    retrieval = env.cfg.retrieval
+    source = [str(retrieval.kind), retrieval.corpus, *retrieval.urls]
+    if retrieval.kind is RetrievalKind.embedded:
+        source.append(_index_name(env.cfg))
+    return " ".join([env.cfg.model.path, fingerprint(env.train_examples), *source])
 
 
 def load_questions(cfg: Config) -> tuple[list[Example], list[Example]]:

@@ -122,12 +122,12 @@ def _ranges(cfg: Config) -> Iterator[str]:
         yield "episode.prompt_template does not contain {question}; the policy would never see the question"
     if not 0 <= cfg.warmstart.two_hop_fraction <= 1:
         yield f"warmstart.two_hop_fraction={cfg.warmstart.two_hop_fraction:g} must lie between 0 and 1"
-    if cfg.reward.kind is RewardKind.em_plus_format and cfg.warmstart.demonstrations:
-        if not cfg.warmstart.thoughts:
-            yield (
-                "reward.kind=em_plus_format rewards thinking before acting, which demonstrations with "
-                "warmstart.thoughts=false never show; choose warmstart.thoughts=true, or reward=em"
-            )
+    acts_only = cfg.warmstart.demonstrations > 0 and not cfg.warmstart.thoughts
+    if acts_only and cfg.reward.kind is RewardKind.em_plus_format:
+        yield (
+            "reward.kind=em_plus_format rewards thinking before acting, which demonstrations with "
+            "warmstart.thoughts=false never show; choose warmstart.thoughts=true, or reward=em"
+        )
     if not 0 <= cfg.retrieval.max_failed_fraction <= 1:
         yield f"retrieval.max_failed_fraction={cfg.retrieval.max_failed_fraction:g} must lie between 0 and 1"
 
