@@ -136,9 +136,21 @@ def test_the_table_of_one_evaluation() -> None:
 def test_the_table_of_a_comparison() -> None:
     before = results("00101", hops="11222", searches=1)
     after = results("10110", hops="11222", searches=2)
+    after[0] = replace(after[0], retrieval_hit=True)
+    after[2] = replace(after[2], retrieval_hit=True)
     rows = comparison_rows(before, after)
     assert len(set(COMPARISON_COLUMNS)) == len(COMPARISON_COLUMNS) == len(rows[0])
-    assert rows[0] == ["all", "5", "0.400", "0.600", "0.200 [-0.533, 0.933]", "1.00", "2.00"]
+    assert rows[0] == [
+        "all",
+        "5",
+        "0.400",
+        "0.600",
+        "0.200 [-0.533, 0.933]",
+        "0.000",
+        "0.400",
+        "1.00",
+        "2.00",
+    ]
     assert rows[1][:4] == ["1 hop", "2", "0.000", "0.500"]
     assert rows[2][:4] == ["2 hop", "3", "0.667", "0.667"]
     assert rows[2][4] == str(Interval(value=0.0, low=-1.96 * math.sqrt(1 / 3), high=1.96 * math.sqrt(1 / 3)))
@@ -146,7 +158,7 @@ def test_the_table_of_a_comparison() -> None:
 
 def test_one_question_is_compared_without_an_interval() -> None:
     rows = comparison_rows(results("000", hops="112"), results("111", hops="112"))
-    assert rows[2] == ["2 hop", "1", "0.000", "1.000", "n/a", "1.00", "1.00"]
+    assert rows[2] == ["2 hop", "1", "0.000", "1.000", "n/a", "0.000", "0.000", "1.00", "1.00"]
 
 
 def test_a_comparison_of_other_questions_is_refused() -> None:
@@ -157,13 +169,17 @@ def test_a_comparison_of_other_questions_is_refused() -> None:
 def test_eval_metrics() -> None:
     some = results("0111", hops="2112", searches=2)
     some[0] = replace(some[0], error="no connection")
+    some[3] = replace(some[3], retrieval_hit=True)
     assert eval_metrics(some) == {
         "eval/void": 1.0,
         "eval/exact_match": 0.75,
+        "eval/gold_shown": 0.25,
         "eval/searches": 2.0,
         "eval/exact_match_1_hop": 1.0,
+        "eval/gold_shown_1_hop": 0.0,
         "eval/searches_1_hop": 2.0,
         "eval/exact_match_2_hop": 0.5,
+        "eval/gold_shown_2_hop": 0.5,
         "eval/searches_2_hop": 2.0,
     }
 

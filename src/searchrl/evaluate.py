@@ -149,7 +149,7 @@ TABLE_COLUMNS = ("questions", "n", "exact match [95 %]", "searches", "gold shown
 
 
 def comparison_rows(before: Sequence[Result], after: Sequence[Result]) -> list[list[str]]:
-    """Rows: questions, n, exact match before and after, paired difference, searches before and after."""
+    """Rows of ``COMPARISON_COLUMNS``, all questions first, then by hop count."""
     rows = []
     after_parts = by_hops(after)
     for name, old in by_hops(before).items():
@@ -161,6 +161,8 @@ def comparison_rows(before: Sequence[Result], after: Sequence[Result]) -> list[l
                 f"{_mean([result.exact_match for result in old]):.3f}",
                 f"{_mean([result.exact_match for result in new]):.3f}",
                 str(paired_difference(old, new)) if len(old) > 1 else "n/a",
+                f"{_mean([result.retrieval_hit for result in old]):.3f}",
+                f"{_mean([result.retrieval_hit for result in new]):.3f}",
                 f"{_mean([result.searches for result in old]):.2f}",
                 f"{_mean([result.searches for result in new]):.2f}",
             ]
@@ -171,11 +173,13 @@ def comparison_rows(before: Sequence[Result], after: Sequence[Result]) -> list[l
 COMPARISON_COLUMNS = (
     "questions",
     "n",
-    "before",
-    "after",
+    "exact match before",
+    "exact match after",
     "paired difference [95 %]",
+    "gold shown before",
+    "gold shown after",
     "searches before",
-    "after ",
+    "searches after",
 )
 
 
@@ -185,6 +189,7 @@ def eval_metrics(results: Sequence[Result]) -> dict[str, float]:
     for name, part in by_hops(results).items():
         suffix = "" if name == "all" else "_" + name.replace(" ", "_")
         metrics[f"eval/exact_match{suffix}"] = _mean([result.exact_match for result in part])
+        metrics[f"eval/gold_shown{suffix}"] = _mean([result.retrieval_hit for result in part])
         metrics[f"eval/searches{suffix}"] = _mean([result.searches for result in part])
     return metrics
 
