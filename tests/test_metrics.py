@@ -102,6 +102,9 @@ def test_weights_and_biases_works_without_a_network(tmp_path: Path) -> None:
     log.write(2, {"reward/mean": 0.5})
     log.close()
     (recorded,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    content = recorded.read_bytes()
-    for part in (b"searchrl", b"reward/mean", b"0.25", b"0.5", b"seed"):
-        assert part in content
+    wanted = (b"searchrl", b"reward/mean", b"0.25", b"0.5", b"seed")
+    deadline = time.monotonic() + 30
+    # Its service process writes the file, and may do so a moment after the run has ended.
+    while missing := [part for part in wanted if part not in recorded.read_bytes()]:
+        assert time.monotonic() < deadline, missing
+        time.sleep(0.1)
