@@ -135,7 +135,7 @@ def _warmstart_fingerprint(env: Environment) -> str:
     retrieval = env.cfg.retrieval
     source = [str(retrieval.kind), retrieval.corpus, *retrieval.urls]
     if retrieval.kind is RetrievalKind.embedded:
-        source.append(_index_name(env.cfg))
+        source += [_index_name(env.cfg), retrieval.encoder_family]
     return " ".join([env.cfg.model.path, fingerprint(env.train_examples), *source])
 
 
