@@ -92,6 +92,8 @@ class Engine:
             max_model_len=max_context_tokens,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=max(config.max_num_batched_tokens, max_context_tokens),
+            # After a part of a prompt vLLM winds the request's generator back, which a CPU's cannot do.
+            enable_chunked_prefill=world.device != "cpu",
             kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),
             block_size=config.block_size,
             enable_prefix_caching=True,

@@ -32,6 +32,12 @@ def test_a_request_gives_the_same_alone_and_in_a_crowd(checks: Checks, kind: str
     assert {one["finish"] for one in results["crowd"]} == {"length"}
 
 
+def test_prompts_beyond_one_step_wait_and_are_sampled_from_all_the_same(checks: Checks) -> None:
+    """1,600 prompt tokens meet steps of 512: with a part of a prompt the CPU engine would fail."""
+    results = checks.results["concurrency"]["long prompts"]
+    assert_same(results["crowd"], results["alone"])
+
+
 def test_another_seed_samples_otherwise(checks: Checks) -> None:
     ours = [one["token_ids"] for one in checks.results["concurrency"]["sampled"]["crowd"]]
     others = [one["token_ids"] for one in checks.results["concurrency"]["other seeds"]]

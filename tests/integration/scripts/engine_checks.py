@@ -97,6 +97,10 @@ async def concurrency(engine: Engine) -> Results:
             "crowd": plain(await together(engine, requests)),
             "alone": plain(await alone(engine, requests)),
         }
+    rng = random.Random(4)
+    long = [request(random_ids(rng, 200), tokens=8, temperature=1.0, seed=n) for n in range(MAX_SEQS)]
+    at_once = await asyncio.gather(*map(engine.generate, long))
+    results["long prompts"] = {"crowd": plain(at_once), "alone": plain(await alone(engine, long))}
     other_seeds = [replace(one, seed=one.seed + 1000) for one in crowd(1.0)]
     results["other seeds"] = plain(await together(engine, other_seeds))
     return results
@@ -246,7 +250,7 @@ def main(out: Path, model: Path) -> None:
     init_communication(world)
     engine = Engine(
         model,
-        EngineConfig(max_num_seqs=MAX_SEQS, kv_cache_gib=0.0625),
+        EngineConfig(max_num_seqs=MAX_SEQS, kv_cache_gib=0.0625, max_num_batched_tokens=CONTEXT),
         dtype=DType.float32,
         max_context_tokens=CONTEXT,
         seed=0,
