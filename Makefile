@@ -28,9 +28,9 @@ $(STAMP): requirements/cpu.txt pyproject.toml
 	$(PIP) --editable .
 	touch $(STAMP)
 
-quickstart: setup  ## Train SmolLM2-135M to search, on the CPU, in minutes
+quickstart: setup  ## Train SmolLM2-135M to search, on the CPU, in minutes; ARGS='seed=1' adds overrides
 	$(BIN)/searchrl data worldfacts
-	$(BIN)/searchrl train +experiment=quickstart name=quickstart-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/searchrl train +experiment=quickstart name=quickstart-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 test: setup  ## Run unit tests, then integration tests; one summary at the end
 	$(BIN)/python -m pytest -m "not gpu"

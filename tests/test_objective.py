@@ -27,7 +27,15 @@ def scored(group_id: int, rewards: list[float | None]) -> ScoredGroup:
     made = [
         None
         if reward is None
-        else Reward(total=reward, exact_match=0.0, format_credit=0.0, valid_format=False, retrieval_hit=False)
+        else Reward(
+            total=reward,
+            exact_match=0.0,
+            format_credit=0.0,
+            evidence_credit=0.0,
+            valid_format=False,
+            retrieval_hit=False,
+            evidence=None,
+        )
         for reward in rewards
     ]
     return ScoredGroup(group=Group(id=group_id, example=EXAMPLE, trajectories=trajectories), rewards=made)

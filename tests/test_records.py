@@ -79,7 +79,11 @@ def groups() -> list[ScoredGroup]:
         id="a", question="Río?", golden_answers=("Tiber",), data_source="t", metadata={"hops": 1}
     )
     two_hop = Example(
-        id="b", question="Sea?", golden_answers=("Tyrrhenian",), data_source="t", metadata={"hops": 2}
+        id="b",
+        question="Sea?",
+        golden_answers=("Tyrrhenian",),
+        data_source="t",
+        metadata={"hops": 2, "gold_passages": ["d1"]},
     )
     first = [
         # right, valid: 2 turns, 1 search that shows the gold; 3 + 4 sampled, 13 observed
@@ -127,7 +131,9 @@ RESPONSES = (3 + 13 + 4) + 2 + (1 + 6 + 5 + 7 + 2) + (2 + 20 + 3)
         ("rollout/outcome/tool_failed", 1 / 5),
         ("rollout/outcome/context_limit", 1 / 5),
         ("rollout/outcome/no_answer", 0.0),
+        ("reward/evidence", 0.0),  # the preset pays for none
         ("retrieval/hit", 1 / 4),
+        ("retrieval/evidence", 1.0),  # over the one trajectory whose question names its passages
         ("retrieval/recall_at_k", 1 / 4),
     ],
 )
@@ -172,6 +178,7 @@ def test_the_log_has_a_readable_line_per_trajectory(tmp_path: Path) -> None:
         "exact_match": 1.0,
         "valid_format": True,
         "retrieval_hit": True,
+        "evidence": None,
         "provenance": [["prompt", 10], ["sampled", 3], ["observation", 13], ["sampled", 4]],
     }
     assert first["turns"][0] == {
@@ -189,6 +196,7 @@ def test_the_log_has_a_readable_line_per_trajectory(tmp_path: Path) -> None:
         "appended": "<information>…</information>",
         "appended_by": "observation",
     }
+    assert records[4]["evidence"] is True
     last = first["turns"][1]
     assert (last["query"], last["documents"], last["search_seconds"], last["appended_by"]) == (
         None,

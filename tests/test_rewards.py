@@ -251,6 +251,53 @@ def test_presets(text: str, answer: str, em: float, em_plus_format: float) -> No
     assert plain.valid_format is with_format.valid_format is (text == THINK_ANSWER)
 
 
+BRIDGE = Example(
+    id="q8",
+    question="Which river runs through the capital of Portugal?",
+    golden_answers=("Tagus",),
+    data_source="test",
+    metadata={"hops": 2, "gold_passages": ["0", "3"]},
+)
+
+
+def read(*ids: str, shown: bool = True) -> Turn:
+    """A search that returned passages of these ids; if not shown, they no longer fitted the context."""
+    searched = turn(THINK_SEARCH, found=())
+    documents = tuple(Document(id=i, contents="", score=1.0) for i in ids)
+    searched.result = ToolResult(documents=documents, seconds=0.1)
+    searched.observation_ids = [2, 3] if shown else []
+    return searched
+
+
+@pytest.mark.parametrize(
+    ("turns", "answer", "evidence", "total"),
+    [
+        ([], "Tagus", False, 1.0),
+        ([read("1", "2")], "Douro", False, 0.0),
+        ([read("0"), read("0")], "Douro", False, 0.0),  # a part of the way earns nothing
+        ([read("2", "3"), read("0")], "Douro", True, 0.4),  # in either order, among others
+        ([read("0"), read("3")], "Tagus", True, 1.4),
+        ([read("0"), read("3", shown=False)], "Douro", False, 0.0),  # what was not read is no evidence
+    ],
+)
+def test_evidence_is_to_have_read_every_gold_passage(
+    turns: list[Turn], answer: str, evidence: bool, total: float
+) -> None:
+    trajectory = episode(*turns, turn(BAD_FORM), answer=answer)
+    reward = score(trajectory, BRIDGE, RewardKind.em_plus_evidence, EOS)
+    assert reward.evidence is evidence
+    assert reward.total == pytest.approx(total)
+    assert reward.evidence_credit == (0.4 if evidence else 0.0)
+    assert score(trajectory, BRIDGE, RewardKind.em, EOS).evidence_credit == 0.0
+
+
+def test_evidence_that_the_data_does_not_name_is_unknown_and_not_rewarded() -> None:
+    trajectory = episode(read("0"), turn(BAD_FORM), answer="Porto")
+    assert score(trajectory, EXAMPLE, RewardKind.em, EOS).evidence is None
+    with pytest.raises(ValueError, match=r"question q7 names no metadata\.gold_passages to reward"):
+        score(trajectory, EXAMPLE, RewardKind.em_plus_evidence, EOS)
+
+
 @pytest.mark.parametrize(
     "outcome", [Outcome.NO_ANSWER, Outcome.TURN_LIMIT, Outcome.TOKEN_LIMIT, Outcome.CONTEXT_LIMIT]
 )

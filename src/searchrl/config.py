@@ -59,6 +59,7 @@ class RewardKind(StrEnum):
 
     em = "em"
     em_plus_format = "em_plus_format"
+    em_plus_evidence = "em_plus_evidence"
 
 
 class Schedule(StrEnum):
@@ -208,7 +209,8 @@ class RewardConfig:
     """What a trajectory earns."""
 
     kind: RewardKind = RewardKind.em
-    """``em``: 0 or 1. ``em_plus_format``: EM + 0.2 for a valid format."""
+    """``em``: 0 or 1. ``em_plus_format``: EM + 0.2 for a valid format. ``em_plus_evidence``: EM + 0.4 if all
+    ``metadata.gold_passages`` were read."""
 
 
 @dataclass(kw_only=True, slots=True)

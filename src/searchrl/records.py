@@ -38,6 +38,7 @@ def _add_trajectory(
     tally.add("reward/mean", reward.total)
     tally.add("reward/exact_match", reward.exact_match)
     tally.add("reward/format", reward.format_credit)
+    tally.add("reward/evidence", reward.evidence_credit)
     tally.add("reward/valid_format", float(reward.valid_format))
     tally.add("search_r1/turns_per_sample", len(trajectory.turns))
     tally.add("search_r1/search_calls_per_sample", trajectory.num_searches)
@@ -45,6 +46,8 @@ def _add_trajectory(
     tally.add("rollout/response_tokens", response)
     tally.add("rollout/sampled_tokens", trajectory.num_sampled)
     tally.add("retrieval/hit", float(reward.retrieval_hit))
+    if reward.evidence is not None:
+        tally.add("retrieval/evidence", float(reward.evidence))
     for turn in trajectory.turns:
         tally.add("rollout/invalid_turns", float(turn.is_invalid))
         if turn.call is not None:
@@ -79,6 +82,7 @@ def _record(item: ScoredGroup, index: int, trajectory: Trajectory, reward: Rewar
         "exact_match": None if reward is None else reward.exact_match,
         "valid_format": None if reward is None else reward.valid_format,
         "retrieval_hit": None if reward is None else reward.retrieval_hit,
+        "evidence": None if reward is None else reward.evidence,
         "provenance": [[tag, len(list(run))] for tag, run in groupby(trajectory.provenance)],
         "turns": [_turn_record(turn) for turn in trajectory.turns],
     }

@@ -15,6 +15,8 @@ from searchrl.config import RewardKind
 from searchrl.trajectory import Example, Group, Outcome, Trajectory
 
 FORMAT_CREDIT = 0.2
+EVIDENCE_CREDIT = 0.4
+"""Below half an exact match: evidence without the answer never pays as much as the answer."""
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -66,6 +68,17 @@ def is_retrieval_hit(trajectory: Trajectory, example: Example) -> bool:
     )
 
 
+def has_evidence(trajectory: Trajectory, example: Example) -> bool | None:
+    """True if the policy read every passage that an answer rests on; None if the data does not name them.
+
+    All or nothing: a share for the first passage alone would reinforce whatever came after it as well.
+    """
+    if not example.gold_passages:
+        return None
+    read = {document.id for turn in trajectory.turns for document in turn.shown_documents}
+    return read.issuperset(example.gold_passages)
+
+
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Reward:
     """A trajectory's reward and its components, logged by name."""
@@ -75,15 +88,20 @@ class Reward:
     """0 or 1."""
     format_credit: float
     """What the format added to ``total``; 0 under presets without format credit."""
+    evidence_credit: float
+    """What the evidence read added to ``total``; 0 under presets without evidence credit."""
     valid_format: bool
     retrieval_hit: bool
+    evidence: bool | None
+    """See ``has_evidence``."""
 
 
 def score(trajectory: Trajectory, example: Example, kind: RewardKind, eos_text: str) -> Reward:
     """Score one trajectory.
 
     Raises:
-        ValueError: the trajectory is void: a failure is never a reward of 0.
+        ValueError: the trajectory is void: a failure is never a reward of 0; or the preset pays for evidence
+            that the question does not name.
     """
     if trajectory.outcome.is_void:
         raise ValueError(
@@ -91,13 +109,25 @@ def score(trajectory: Trajectory, example: Example, kind: RewardKind, eos_text: 
         )
     matched = float(exact_match(trajectory.answer, example.golden_answers))
     valid = is_valid_format(trajectory, eos_text)
-    credit = FORMAT_CREDIT * valid if kind is RewardKind.em_plus_format else 0.0
+    evidence = has_evidence(trajectory, example)
+    format_credit = evidence_credit = 0.0
+    match kind:
+        case RewardKind.em:
+            pass
+        case RewardKind.em_plus_format:
+            format_credit = FORMAT_CREDIT * valid
+        case RewardKind.em_plus_evidence:
+            if evidence is None:
+                raise ValueError(f"question {example.id} names no metadata.gold_passages to reward")
+            evidence_credit = EVIDENCE_CREDIT * evidence
     return Reward(
-        total=matched + credit,
+        total=matched + format_credit + evidence_credit,
         exact_match=matched,
-        format_credit=credit,
+        format_credit=format_credit,
+        evidence_credit=evidence_credit,
         valid_format=valid,
         retrieval_hit=is_retrieval_hit(trajectory, example),
+        evidence=evidence,
     )
 
 

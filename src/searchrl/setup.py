@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from searchrl.actor import Actor, init_communication
-from searchrl.config import Config, ConfigError, IndexKind, RetrievalKind
+from searchrl.config import Config, ConfigError, IndexKind, RetrievalKind, RewardKind
 from searchrl.console import Console
 from searchrl.data.readers import read_examples
 from searchrl.data.sampler import fingerprint
@@ -144,8 +144,17 @@ def load_questions(cfg: Config) -> tuple[list[Example], list[Example]]:
 
     Raises:
         DataError: a file is missing or malformed.
+        ConfigError: the reward needs what the training questions do not say.
     """
-    return read_examples(Path(cfg.data.train)), read_examples(Path(cfg.data.eval))
+    train, held_out = read_examples(Path(cfg.data.train)), read_examples(Path(cfg.data.eval))
+    if cfg.reward.kind is RewardKind.em_plus_evidence:
+        for example in train:
+            if not example.gold_passages:
+                raise ConfigError(
+                    f"reward.kind=em_plus_evidence pays for reading metadata.gold_passages, but question "
+                    f"{example.id} of {cfg.data.train} names none; choose reward=em, or add them"
+                )
+    return train, held_out
 
 
 def make_actor(run: Run) -> Actor:

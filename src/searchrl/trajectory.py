@@ -81,6 +81,12 @@ class Example:
         hops = self.metadata.get("hops", 0)
         return hops if isinstance(hops, int) else 0
 
+    @property
+    def gold_passages(self) -> tuple[str, ...]:
+        """Ids of the passages that an answer rests on (``metadata.gold_passages``); empty: not known."""
+        passages = self.metadata.get("gold_passages", [])
+        return tuple(map(str, passages)) if isinstance(passages, list) else ()
+
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Document:

@@ -31,11 +31,6 @@ class RetrievalError(RuntimeError):
         super().__init__(message)
         self.kind = kind
 
-    @property
-    def is_infrastructure(self) -> bool:
-        """True if the failure says nothing about the query, hence nothing about the policy that wrote it."""
-        return self.kind is not FailureKind.REJECTED
-
 
 class Retriever(Protocol):
     """What an episode searches with."""
