@@ -38,6 +38,9 @@ def prepare_environment(device: str) -> None:
     if device == "cpu":
         settings |= {
             "DS_ACCELERATOR": "cpu",
+            # Asleep at once, a thread wakes too late for the small products of decoding; so it spins, but for
+            # about a millisecond only. Evaluations took 6 and 15 % less (docs/operations).
+            "GOMP_SPINCOUNT": "300000",
             # Every rank keeps to its own threads; the engine's pinning would put them all on one core.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             # Eager mode all the same, but without compiling a helper kernel for 15 s first.
