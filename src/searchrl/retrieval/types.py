@@ -9,6 +9,17 @@ from typing import NamedTuple, Protocol
 from searchrl.trajectory import Document
 
 
+class SearchStatus(StrEnum):
+    """How a search ended. Only the first two are results; the others are a `RetrievalError`."""
+
+    OK = "ok"
+    EMPTY = "empty"
+    """The search worked and found nothing."""
+    ERROR = "error"
+    TIMEOUT = "timeout"
+    RATE_LIMITED = "rate_limited"
+
+
 class FailureKind(StrEnum):
     """Why a search brought no answer."""
 
@@ -21,7 +32,24 @@ class FailureKind(StrEnum):
     REJECTED = "rejected"
     """The server refused this query (4xx). The only kind that says something about the query."""
     OVERLOADED = "overloaded"
-    """The server's queue was full (503 or 429), after all retries."""
+    """Too many requests: the queue was full (503), a rate limit hit (429), or the run's own bound reached."""
+    UNAUTHORIZED = "unauthorized"
+    """A key or token is missing or wrong (401, 403). Another attempt cannot help."""
+    WRONG_INDEX = "wrong_index"
+    """The server answers from another index than the one this run began with."""
+    NOT_RECORDED = "not_recorded"
+    """``retrieval=replay``: the recorded cache has no answer to this query."""
+
+    @property
+    def status(self) -> SearchStatus:
+        """What a search that failed so counts as."""
+        match self:
+            case FailureKind.TIMEOUT:
+                return SearchStatus.TIMEOUT
+            case FailureKind.OVERLOADED:
+                return SearchStatus.RATE_LIMITED
+            case _:
+                return SearchStatus.ERROR
 
 
 class RetrievalError(RuntimeError):
@@ -30,6 +58,11 @@ class RetrievalError(RuntimeError):
     def __init__(self, message: str, *, kind: FailureKind) -> None:
         super().__init__(message)
         self.kind = kind
+
+    @property
+    def status(self) -> SearchStatus:
+        """How the search ended."""
+        return self.kind.status
 
 
 class Retriever(Protocol):

@@ -1,0 +1,83 @@
+"""What a rank's searches did since it was last asked: counts, statuses, latencies; for any retriever."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from searchrl.retrieval.types import RetrievalError, Retriever, SearchStatus
+from searchrl.trajectory import Document
+
+
+class RetrievalMeter:
+    """Counters that the parts of a retriever share.
+
+    `MeteredRetriever` counts searches; transports add what only they see (``requests``, ``retries``), the
+    disk cache its ``cache_hits``.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._statuses: Counter[SearchStatus] = Counter()
+        self._seconds: list[float] = []
+
+    def searched(self, status: SearchStatus, seconds: float) -> None:
+        """Count one search of an episode, waiting and retries included."""
+        self._statuses[status] += 1
+        if status in (SearchStatus.OK, SearchStatus.EMPTY):
+            self._seconds.append(seconds)
+
+    def take(self) -> RetrievalStats:
+        """Return what happened since the last call, and start anew."""
+        stats = RetrievalStats(self._statuses, self.counts, sorted(self._seconds))
+        self.counts, self._statuses, self._seconds = Counter(), Counter(), []
+        return stats
+
+
+class RetrievalStats:
+    """One interval of a `RetrievalMeter`. ``seconds`` are those of searches that worked, sorted."""
+
+    def __init__(self, statuses: Counter[SearchStatus], counts: Counter[str], seconds: list[float]) -> None:
+        self.statuses = statuses
+        self.counts = counts
+        self.seconds = seconds
+
+    @property
+    def queries(self) -> int:
+        """Searches that ended, well or not."""
+        return self.statuses.total()
+
+    @property
+    def failed(self) -> int:
+        """Searches that ended in a `RetrievalError`."""
+        return self.queries - len(self.seconds)
+
+    def quantile(self, fraction: float) -> float:
+        """Seconds that ``fraction`` of the successful searches stayed within; 0 if there was none."""
+        if not self.seconds:
+            return 0.0
+        return self.seconds[min(len(self.seconds) - 1, int(len(self.seconds) * fraction))]
+
+
+class MeteredRetriever:
+    """Counts and times the searches of ``inner``."""
+
+    def __init__(self, inner: Retriever, meter: RetrievalMeter) -> None:
+        self._inner = inner
+        self._meter = meter
+
+    async def search(self, query: str, top_k: int) -> list[Document]:
+        """See `Retriever.search`."""
+        started = time.monotonic()
+        try:
+            documents = await self._inner.search(query, top_k)
+        except RetrievalError as error:
+            self._meter.searched(error.status, time.monotonic() - started)
+            raise
+        status = SearchStatus.OK if documents else SearchStatus.EMPTY
+        self._meter.searched(status, time.monotonic() - started)
+        return documents
+
+    async def aclose(self) -> None:
+        """See `Retriever.aclose`."""
+        await self._inner.aclose()
