@@ -90,7 +90,7 @@ def test_a_server_that_cannot_start_says_why(bm25_directory: Path, tmp_path: Pat
     other = tmp_path / "other.jsonl"
     other.write_text('{"id": "0", "contents": "x"}\n')
     server = EmbeddedServer(bm25_directory, other, log_path=tmp_path / "log")
-    with pytest.raises(EmbeddedServerError, match=r"(?s)ended with code 1.*was built from a corpus"):
+    with pytest.raises(EmbeddedServerError, match=r"(?s)ended with code 2.*was built from a corpus"):
         server.start()
     with pytest.raises(EmbeddedServerError, match="is not running"):
         _ = server.pid

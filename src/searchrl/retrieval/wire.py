@@ -8,25 +8,43 @@ return_scores false:  {"result": [[{"id", "contents"}]]}
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from searchrl.retrieval.types import FailureKind, RetrievalError
 from searchrl.trajectory import Document
 
-MAX_BODY_BYTES = 4 << 20
-MAX_QUERIES = 512
+# Search-R1's client asks for a whole training batch at once: 512 questions x 5 episodes in its recipe.
+MAX_QUERIES = 4096
 MAX_QUERY_CHARS = 2048
+MAX_BODY_BYTES = MAX_QUERIES * MAX_QUERY_CHARS
 MAX_TOP_K = 100
+MAX_DOCUMENTS = 4 * MAX_QUERIES
+"""Queries times topk of one request: bounds the size of an answer, about 12 MB of 100-word passages."""
 DEFAULT_TOP_K = 3
+
+INDEX_HEADER = "X-Searchrl-Index"
+"""On every answer of ``/retrieve``: the fingerprint of the index that gave it."""
+TIMEOUT_HEADER = "X-Searchrl-Timeout-Ms"
+"""Optional in a request: for how many milliseconds from now the client will wait."""
+TOKEN_VARIABLE = "SEARCHRL_RETRIEVAL_TOKEN"
+"""Environment variable with the bearer token that a server demands and a client sends."""
+
+Answer: TypeAlias = list[tuple[bytes, float]]
+"""What answers one query: (corpus line, score) pairs, best first."""
 
 
 class BadRequestError(ValueError):
-    """A request that is refused; ``status`` is the HTTP status, the message its reason."""
+    """A request that is refused; ``status`` is the HTTP status, the message its reason.
 
-    def __init__(self, reason: str, *, status: int = 422) -> None:
+    ``also`` joins the reason in the answer's JSON object.
+    """
+
+    def __init__(self, reason: str, *, status: int = 422, also: Mapping[str, object] | None = None) -> None:
         super().__init__(reason)
         self.status = status
+        self.also = also or {}
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -52,7 +70,9 @@ def parse_request(body: bytes) -> SearchRequest:
     if not isinstance(queries, list):
         raise BadRequestError('"queries" must be a list of strings')
     if not queries:
-        raise BadRequestError('"queries" is empty')
+        # Search-R1's client asks with an empty list whenever no episode searches, and reads "result" without
+        # a look at the status.
+        raise BadRequestError('"queries" is empty', also={"result": []})
     if len(queries) > MAX_QUERIES:
         raise BadRequestError(f"{len(queries)} queries; at most {MAX_QUERIES} a request", status=413)
     for i, query in enumerate(queries):
@@ -62,7 +82,13 @@ def parse_request(body: bytes) -> SearchRequest:
     return_scores = record.get("return_scores", False)
     if not isinstance(return_scores, bool):
         raise BadRequestError('"return_scores" must be true or false')
-    return SearchRequest(queries=queries, top_k=_top_k(record.get("topk")), return_scores=return_scores)
+    top_k = _top_k(record.get("topk"))
+    if len(queries) * top_k > MAX_DOCUMENTS:
+        raise BadRequestError(
+            f"{len(queries)} queries times topk {top_k}; at most {MAX_DOCUMENTS} documents a request",
+            status=413,
+        )
+    return SearchRequest(queries=queries, top_k=top_k, return_scores=return_scores)
 
 
 def query_problem(query: object) -> str | None:
@@ -75,7 +101,9 @@ def query_problem(query: object) -> str | None:
         return f"has {len(query)} characters; at most {MAX_QUERY_CHARS}"
     if "\0" in query:
         return "contains a NUL character"
-    if any("\ud800" <= character <= "\udfff" for character in query):
+    try:
+        query.encode()
+    except UnicodeEncodeError:
         return "contains a lone surrogate"
     return None
 
@@ -96,7 +124,7 @@ def _top_k(value: object) -> int:
     return value
 
 
-def render_answer(results: Sequence[Sequence[tuple[bytes, float]]], *, return_scores: bool) -> bytes:
+def render_answer(results: Sequence[Answer], *, return_scores: bool) -> bytes:
     """Return the body for each query's (corpus line, score) pairs; a line is JSON and is spliced in."""
     lists = []
     for result in results:

@@ -10,12 +10,21 @@ import httpx
 import pytest
 from starlette.types import ASGIApp
 
-from searchrl.retrieval import server as server_module
+from retrieval.clients import post, samples
+from searchrl import __version__
+from searchrl.retrieval import app as app_module
+from searchrl.retrieval.app import Service, create_app
 from searchrl.retrieval.build import load_index
 from searchrl.retrieval.corpus import Corpus
-from searchrl.retrieval.server import Service, create_app
 from searchrl.retrieval.types import Hit, Index
-from searchrl.retrieval.wire import MAX_BODY_BYTES, MAX_QUERIES, MAX_QUERY_CHARS, MAX_TOP_K
+from searchrl.retrieval.wire import (
+    INDEX_HEADER,
+    MAX_BODY_BYTES,
+    MAX_QUERIES,
+    MAX_QUERY_CHARS,
+    MAX_TOP_K,
+    TIMEOUT_HEADER,
+)
 
 Serve = Callable[[ASGIApp], str]
 
@@ -30,10 +39,6 @@ def service(bm25_directory: Path, corpus_path: Path) -> Service:
 def http(serve: Serve, service: Service) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=serve(create_app(service)), trust_env=False) as client:
         yield client
-
-
-def post(http: httpx.Client, **body: object) -> httpx.Response:
-    return http.post("/retrieve", json=body)
 
 
 def test_an_answer_in_both_nestings(http: httpx.Client, contents: list[str]) -> None:
@@ -72,7 +77,8 @@ BAD: list[tuple[str, bytes, int, str]] = [
     ("NUL", b'{"query": "a\\u0000b"}', 422, "NUL"),
     ("lone surrogate", b'{"query": "a\\ud800b"}', 422, "lone surrogate"),
     ("long query", json.dumps({"query": "a" * (MAX_QUERY_CHARS + 1)}).encode(), 422, "at most 2048"),
-    ("many queries", json.dumps({"queries": ["a"] * (MAX_QUERIES + 1)}).encode(), 413, "at most 512"),
+    ("many queries", json.dumps({"queries": ["a"] * (MAX_QUERIES + 1)}).encode(), 413, "at most 4096"),
+    ("many documents", json.dumps({"queries": ["a"] * 512, "topk": 100}).encode(), 413, "at most 16384"),
     ("large body", b" " * (MAX_BODY_BYTES + 1), 413, "larger than"),
     ("topk 0", b'{"query": "a", "topk": 0}', 422, "from 1 to"),
     ("topk -1", b'{"query": "a", "topk": -1}', 422, "from 1 to"),
@@ -99,7 +105,7 @@ def test_bad_input_is_refused_and_does_no_harm(
 
 
 def test_a_large_body_without_a_declared_length_is_refused(http: httpx.Client) -> None:
-    chunks = (b" " * (1 << 20) for _ in range(6))
+    chunks = (b" " * (1 << 20) for _ in range(10))
     assert http.post("/retrieve", content=chunks).status_code == 413
 
 
@@ -109,7 +115,7 @@ def test_unknown_paths_and_methods_are_refused_in_json(http: httpx.Client) -> No
 
 
 def test_a_stalled_body_is_given_up(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(app_module, "BODY_TIMEOUT_S", 0.2)
 
     async def scenario() -> httpx.Response:
         async def body() -> AsyncIterator[bytes]:
@@ -126,7 +132,22 @@ def test_a_stalled_body_is_given_up(http: httpx.Client, monkeypatch: pytest.Monk
 
 
 def test_health_names_what_is_served(http: httpx.Client) -> None:
-    assert http.get("/health").json() == {"status": "ok", "index": "f", "rows": 50, "shuffle_seed": None}
+    health = http.get("/health").json()
+    assert 0 < health.pop("uptime_s") < 1000
+    assert health == {
+        "status": "ok",
+        "index": "f",
+        "rows": 50,
+        "shuffle_seed": None,
+        "version": __version__,
+        "queue": 0,
+        "computing_s": 0.0,
+    }
+
+
+def test_every_answer_names_its_index(http: httpx.Client) -> None:
+    assert post(http, query="tea").headers[INDEX_HEADER] == "f"
+    assert post(http, query="").headers[INDEX_HEADER] == "f"
 
 
 def shown(http: httpx.Client, queries: list[str]) -> list[str]:
@@ -145,7 +166,10 @@ def test_shuffled_documents_are_real_unrelated_and_always_the_same(
         )
         with httpx.Client(base_url=serve(app), trust_env=False) as http:
             answers.append(shown(http, queries))
-            assert http.get("/health").json()["shuffle_seed"] == seed
+            health = http.get("/health").json()
+            assert health["shuffle_seed"] == seed
+            assert health["index"] == ("f" if seed is None else f"f-shuffled-{seed}")
+            assert post(http, query="tea").headers[INDEX_HEADER] == health["index"]
     plain, seven, again, eight = answers
     assert plain == [f"d{row}" for row in range(49)]
     assert seven == again
@@ -161,8 +185,10 @@ class Slow:
         self.inner = inner
         self.size = inner.size
         self.released = threading.Event()
+        self.asked: list[str] = []
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit]]:
+        self.asked += queries
         assert self.released.wait(20)
         if "fail" in queries:
             raise ArithmeticError("index broke")
@@ -205,3 +231,131 @@ def test_a_broken_index_is_a_500_with_its_reason(serve: Serve, service: Service)
         broken = post(http, query="fail")
         assert (broken.status_code, broken.json()) == (500, {"error": "ArithmeticError: index broke"})
         assert post(http, query="tea").status_code == 200
+
+
+def test_a_token_guards_the_documents_and_nothing_else(serve: Serve, service: Service) -> None:
+    with httpx.Client(base_url=serve(create_app(service, token="s3cret")), trust_env=False) as http:
+
+        def status(authorization: str | None) -> int:
+            headers = {} if authorization is None else {"Authorization": authorization}
+            answer = http.post("/retrieve", json={"query": "tea"}, headers=headers)
+            if answer.status_code == 401:
+                assert answer.headers["www-authenticate"] == "Bearer"
+                assert "token" in answer.json()["error"]
+                assert "s3cret" not in answer.text
+            return answer.status_code
+
+        assert status("Bearer s3cret") == status("bearer s3cret") == 200
+        refused = [None, "", "Bearer", "Bearer s3cre", "Bearer s3cret2", "Basic s3cret", "s3cret"]
+        assert {status(value) for value in refused} == {401}
+        assert http.post("/retrieve", content=b"x" * 100_000).status_code == 401  # before anything is read
+        for path in ("/health", "/metrics"):
+            assert http.get(path).status_code == 200
+            assert "s3cret" not in http.get(path).text
+
+
+def test_queries_beyond_their_clients_deadline_are_not_computed(serve: Serve, service: Service) -> None:
+    slow = Slow(service.index)
+    url = serve(create_app(Service(index=slow, corpus=service.corpus, fingerprint="f")))
+
+    async def scenario() -> None:
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+
+            def ask(query: str, timeout_ms: str | None = None) -> asyncio.Task[httpx.Response]:
+                headers = {} if timeout_ms is None else {TIMEOUT_HEADER: timeout_ms}
+                return asyncio.create_task(client.post("/retrieve", json={"query": query}, headers=headers))
+
+            running = ask("tea")
+            await until(lambda: slow.asked == ["tea"])
+            late = await ask("coffee", "50")
+            assert late.status_code == 504
+            assert late.json()["error"].startswith("no answer in time")
+            assert late.headers[INDEX_HEADER] == "f"
+            early = ask("gold", "20000")
+            assert (await ask("x", "soon")).status_code == 400
+            slow.released.set()
+            assert (await running).status_code == (await early).status_code == 200
+            assert slow.asked == ["tea", "gold"]
+
+    asyncio.run(scenario())
+
+
+def test_queries_of_clients_that_left_are_not_computed(serve: Serve, service: Service) -> None:
+    slow = Slow(service.index)
+    url = serve(create_app(Service(index=slow, corpus=service.corpus, fingerprint="f")))
+
+    async def scenario() -> None:
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+
+            def ask(*queries: str) -> asyncio.Task[httpx.Response]:
+                return asyncio.create_task(client.post("/retrieve", json={"queries": queries}))
+
+            async def queue(length: int) -> None:
+                async with asyncio.timeout(5):
+                    while (await client.get("/health")).json()["queue"] != length:
+                        await asyncio.sleep(0.01)
+
+            running = ask("tea")
+            await until(lambda: slow.asked == ["tea"])
+            leaving, staying = ask("gold", "iron"), ask("iron")
+            await queue(2)
+            leaving.cancel()  # httpx closes its connection
+            await queue(1)
+            slow.released.set()
+            assert (await running).status_code == 200
+            assert (await staying).json()["result"][0][0]["id"] == "d33"
+            assert slow.asked == ["tea", "iron"]
+        with httpx.Client(base_url=url, trust_env=False) as http:
+            found = samples(http)
+        assert found['searchrl_retrieval_queries_total{outcome="abandoned"}'] == 1
+        assert found['searchrl_retrieval_requests_total{status="499"}'] == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_request_larger_than_the_queue_is_413(serve: Serve, service: Service) -> None:
+    with httpx.Client(base_url=serve(create_app(service, max_queue=2)), trust_env=False) as http:
+        answer = post(http, queries=["tea", "gold", "iron"])
+        assert answer.status_code == 413
+        assert "the queue holds 2" in answer.json()["error"]
+
+
+def test_while_the_index_hangs_the_other_endpoints_answer(serve: Serve, service: Service) -> None:
+    slow = Slow(service.index)
+    url = serve(create_app(Service(index=slow, corpus=service.corpus, fingerprint="f")))
+
+    async def scenario() -> None:
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+            hanging = asyncio.create_task(client.post("/retrieve", json={"query": "tea"}))
+            await until(lambda: slow.asked == ["tea"])
+            await asyncio.sleep(0.05)
+            for _ in range(20):
+                async with asyncio.timeout(1):
+                    health = (await client.get("/health")).json()
+                    assert (await client.get("/metrics")).status_code == 200
+            assert health["computing_s"] > 0.04
+            slow.released.set()
+            assert (await hanging).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_corpus_that_cannot_be_read_fails_the_request_only(serve: Serve, service: Service) -> None:
+    class Lost:
+        size = 50
+
+        def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit]]:
+            return [[Hit(99 if query == "lost" else 0, 1.0)] for query in queries]
+
+    url = serve(create_app(Service(index=Lost(), corpus=service.corpus, fingerprint="f")))
+    with httpx.Client(base_url=url, trust_env=False) as http:
+        broken = post(http, query="lost")
+        assert broken.status_code == 500
+        assert "row 99" in broken.json()["error"]
+        assert post(http, query="found").status_code == 200
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
