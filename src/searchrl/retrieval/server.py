@@ -109,10 +109,14 @@ def bind(host: str, port: int, *, stalled_reader_s: int = _STALLED_READER_S) -> 
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if sys.platform == "linux":  # inherited by the accepted connections
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * stalled_reader_s)
-        listener.bind(address)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if sys.platform == "linux":  # inherited by the accepted connections
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * stalled_reader_s)
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
     except OSError as error:
         raise ServerError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
     return listener
