@@ -136,6 +136,8 @@ class EmbeddedServer:
             code = process.wait()
             if self._stopping.is_set():
                 return
+            if process.stdin is not None:
+                process.stdin.close()
             now = time.monotonic()
             if len(deaths) == _MAX_RESTARTS and now - deaths[0] < _RESTART_WINDOW_S:
                 self._failure = (
@@ -171,8 +173,6 @@ class EmbeddedServer:
             with self._lock, self._log_path.open("ab") as log:
                 if self._stopping.is_set():
                     raise EmbeddedServerError("the embedded search server is being stopped")
-                if self._process is not None and self._process.stdin is not None:
-                    self._process.stdin.close()
                 process = self._process = subprocess.Popen(
                     [*command, "--port", str(port), "--ready-file", str(ready_file)],
                     stdin=subprocess.PIPE,
