@@ -8,7 +8,7 @@ return_scores false:  {"result": [[{"id", "contents"}]]}
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -41,7 +41,7 @@ class BadRequestError(ValueError):
     ``also`` joins the reason in the answer's JSON object.
     """
 
-    def __init__(self, reason: str, *, status: int = 422, also: Mapping[str, object] | None = None) -> None:
+    def __init__(self, reason: str, *, status: int = 422, also: dict[str, object] | None = None) -> None:
         super().__init__(reason)
         self.status = status
         self.also = also or {}
@@ -162,7 +162,8 @@ def _document(item: object) -> Document:
     outer = _object(item)
     inner = _object(outer["document"]) if "document" in outer else outer
     score = outer.get("score", 0.0) if "document" in outer else 0.0
-    id_, contents = inner.get("id"), inner.get("contents")
+    # Search-R1's BM25 and web servers send no id.
+    id_, contents = inner.get("id", ""), inner.get("contents")
     if isinstance(id_, int) and not isinstance(id_, bool):
         id_ = str(id_)
     if not isinstance(id_, str) or not isinstance(contents, str):
