@@ -22,7 +22,7 @@ from retrieval.processes import MODULE, environment, serving
 from searchrl.retrieval.app import Service, create_app
 from searchrl.retrieval.build import load_index
 from searchrl.retrieval.corpus import Corpus
-from searchrl.retrieval.server import ServerError, bind
+from searchrl.retrieval.server import ServerError, _arguments, bind, main
 from searchrl.retrieval.wire import TOKEN_VARIABLE
 
 pytestmark = pytest.mark.integration
@@ -278,3 +278,33 @@ def test_an_address_that_cannot_be_had_is_a_typed_error() -> None:
         bind("127.0.0.1", taken.getsockname()[1])
     with bind("::1", 0) if socket.has_ipv6 else bind("127.0.0.1", 0) as listener:
         assert listener.getsockname()[1] > 0
+
+
+def test_devices_come_as_a_list_or_repeated() -> None:
+    flags = ["--index", "i", "--corpus", "c"]
+    assert _arguments(flags).device is None
+    assert _arguments([*flags, "--device", "cuda:0, cuda:1", "--device", "cpu"]).device == [
+        "cuda:0",
+        "cuda:1",
+        "cpu",
+    ]
+    assert _arguments(flags).device is None
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "reason"),
+    [
+        ("--device", "cuda:0,", "expected names such as cuda:0,cuda:1, got 'cuda:0,'"),
+        ("--port", "65536", "expected a whole number from 0 to 65535, got '65536'"),
+        ("--max-batch", "0", "expected a whole number from 1"),
+        ("--max-queue", "many", "expected a whole number from 1"),
+        ("--cache-size", "-1", "expected a whole number from 0"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(
+    capsys: pytest.CaptureFixture[str], flag: str, value: str, reason: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--index", "i", "--corpus", "c", f"{flag}={value}"])
+    assert caught.value.code == 2
+    assert reason in capsys.readouterr().err
