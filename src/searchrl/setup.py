@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from searchrl.models import resolve_model
 from searchrl.protocol import Protocol, load_tokenizer
 from searchrl.retrieval.client import HttpRetriever
 from searchrl.retrieval.embedded import EmbeddedServer
+from searchrl.retrieval.meter import MeteredRetriever, RetrievalMeter
 from searchrl.retrieval.none import NoRetriever
 from searchrl.retrieval.types import Retriever
 from searchrl.rollout import Rollout
@@ -45,6 +46,8 @@ class Environment:
     tokenizer: Any
     protocol: Protocol
     retriever: Retriever
+    meter: RetrievalMeter
+    """What its searches did."""
     tool: SearchTool
     train_examples: list[Example]
     eval_examples: list[Example]
@@ -71,7 +74,8 @@ def open_environment(cfg: Config) -> Iterator[Environment]:
     with ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
         tokenizer = load_tokenizer(resolve_model(cfg.checkpoint or cfg.model.path, Path(cfg.assets)))
-        retriever = stack.enter_context(open_retriever(cfg, world, console))
+        meter = RetrievalMeter()
+        retriever = MeteredRetriever(stack.enter_context(open_retriever(cfg, world, console, meter)), meter)
         stack.callback(lambda: runner.run(retriever.aclose()))
         yield Environment(
             cfg=cfg,
@@ -82,6 +86,7 @@ def open_environment(cfg: Config) -> Iterator[Environment]:
             tokenizer=tokenizer,
             protocol=Protocol(tokenizer, cfg.episode),
             retriever=retriever,
+            meter=meter,
             tool=SearchTool(retriever, top_k=cfg.episode.top_k),
             train_examples=train_examples,
             eval_examples=eval_examples,
@@ -174,18 +179,28 @@ def make_actor(run: Run) -> Actor:
 
 
 @contextmanager
-def open_retriever(cfg: Config, world: World, console: Console) -> Iterator[Retriever]:
+def open_retriever(cfg: Config, world: World, console: Console, meter: RetrievalMeter) -> Iterator[Retriever]:
     """The configured retriever. An embedded server is started by the main rank and shared by all."""
     retrieval = cfg.retrieval
+
+    def http(urls: Sequence[str]) -> HttpRetriever:
+        return HttpRetriever(
+            urls,
+            timeout_s=retrieval.timeout_s,
+            deadline_s=retrieval.deadline_s,
+            max_concurrency=retrieval.max_concurrency,
+            meter=meter,
+        )
+
     match retrieval.kind:
         case RetrievalKind.none:
             yield NoRetriever()
         case RetrievalKind.http:
-            yield HttpRetriever(retrieval.urls, timeout_s=retrieval.timeout_s)
+            yield http(retrieval.urls)
         case RetrievalKind.embedded:
             with ExitStack() as stack:
                 url = stack.enter_context(_embedded_server(cfg, console)).url if world.is_main else ""
-                yield HttpRetriever([broadcast_object(url)], timeout_s=retrieval.timeout_s)
+                yield http([broadcast_object(url)])
                 barrier()  # the server stays until every rank has had its last answer
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from searchrl.actor import Actor, Reference, StepStats
 from searchrl.batching import balance, count_loss_tokens, pack
 from searchrl.checkpoint import Checkpoints
-from searchrl.config import Config, Device
+from searchrl.config import Config, Device, RetrievalKind
 from searchrl.data.sampler import Sampler
 from searchrl.distributed import gather_objects, reduce_values
 from searchrl.environment import matmul_gflops
@@ -29,7 +29,6 @@ from searchrl.evaluate import (
 from searchrl.metrics import Clock, MetricLog
 from searchrl.objective import PolicyObjective, to_samples
 from searchrl.records import rollout_tally, write_trajectories
-from searchrl.retrieval.client import HttpRetriever
 from searchrl.rewards import ScoredGroup, score_group
 from searchrl.setup import Run, make_actor, open_run
 from searchrl.trajectory import Sample
@@ -162,11 +161,11 @@ def _step_metrics(run: Run, scored: Sequence[ScoredGroup], samples: Sequence[Sam
     metrics["update/trained_tokens"] = reduce_values(
         [sum(len(sample.trajectory.token_ids) for sample in samples)], "sum"
     )[0]
-    if isinstance(run.env.retriever, HttpRetriever):
-        stats = run.env.retriever.stats()
+    if run.env.cfg.retrieval.kind is not RetrievalKind.none:
+        stats = run.env.meter.take()
         metrics |= {
-            "retrieval/latency_p50": stats.p50_s,
-            "retrieval/latency_p99": stats.p99_s,
+            "retrieval/latency_p50": stats.quantile(0.5),
+            "retrieval/latency_p99": stats.quantile(0.99),
             "retrieval/failed": float(stats.failed),
         }
     return metrics

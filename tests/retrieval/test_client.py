@@ -6,14 +6,14 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -21,7 +21,9 @@ from searchrl.retrieval.app import Service, create_app
 from searchrl.retrieval.build import load_index
 from searchrl.retrieval.client import HttpRetriever
 from searchrl.retrieval.corpus import Corpus
+from searchrl.retrieval.meter import RetrievalMeter
 from searchrl.retrieval.none import NoRetriever
+from searchrl.retrieval.transport import MAX_ANSWER_BYTES
 from searchrl.retrieval.types import FailureKind, RetrievalError
 from searchrl.trajectory import Document
 
@@ -66,16 +68,14 @@ def test_searches_travel_together_and_each_gets_its_own(serve: Serve) -> None:
         sizes.append(len(body["queries"]))
         return echo(body["queries"], body["topk"])
 
-    retriever = HttpRetriever([serve(app_of(handler))])
+    meter = RetrievalMeter()
+    retriever = HttpRetriever([serve(app_of(handler))], max_concurrency=300, meter=meter)
     queries = [f"q{i}" for i in range(300)]
     results = run(retriever, *queries, top_k=2)
     expected = [[Document(id=f"{q}{i}", contents=q, score=1.0) for i in range(2)] for q in queries]
     assert results == expected
     assert sorted(sizes) == [44, 64, 64, 64, 64]
-    stats = retriever.stats()
-    assert (stats.queries, stats.failed, stats.requests, stats.retries) == (300, 0, 5, 0)
-    assert 0 < stats.p50_s <= stats.p99_s
-    assert retriever.stats().queries == 0
+    assert meter.counts == {"requests": 5, "retries": 0}
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -113,32 +113,42 @@ def test_it_understands_our_server_and_plain_nesting(
     assert run(HttpRetriever([serve(app_of(plain))]), "q") == [[Document(id="1", contents="x", score=0.0)]]
 
 
-@pytest.mark.parametrize(
-    ("content", "status", "kind"),
-    [
-        (b"<html>garbage</html>", 200, FailureKind.BAD_RESPONSE),
-        (b'{"result": []}', 200, FailureKind.BAD_RESPONSE),
-        (b'{"result": [["text"]]}', 200, FailureKind.BAD_RESPONSE),
-        (b"no such page", 404, FailureKind.BAD_RESPONSE),
-        (b"log in", 401, FailureKind.BAD_RESPONSE),
-        (b'{"error": "no"}', 422, FailureKind.REJECTED),
-        (b"broken", 500, FailureKind.UNAVAILABLE),
-        (b"busy", 503, FailureKind.OVERLOADED),
-        (b"slow down", 429, FailureKind.OVERLOADED),
-    ],
-)
-def test_a_wrong_answer_is_a_typed_error(
-    serve: Serve, content: bytes, status: int, kind: FailureKind
-) -> None:
+WRONG_ANSWERS = [
+    (b"<html>garbage</html>", 200, FailureKind.BAD_RESPONSE),
+    (b'{"result": []}', 200, FailureKind.BAD_RESPONSE),
+    (b'{"result": [["text"]]}', 200, FailureKind.BAD_RESPONSE),
+    (b"no such page", 404, FailureKind.BAD_RESPONSE),
+    (b"moved", 302, FailureKind.BAD_RESPONSE),
+    (b"log in", 401, FailureKind.UNAUTHORIZED),
+    (b"not you", 403, FailureKind.UNAUTHORIZED),
+    (b'{"error": "no"}', 422, FailureKind.REJECTED),
+    (b"too late", 504, FailureKind.TIMEOUT),
+    (b"broken", 500, FailureKind.UNAVAILABLE),
+    (b"busy", 503, FailureKind.OVERLOADED),
+    (b"slow down", 429, FailureKind.OVERLOADED),
+]
+
+
+@pytest.fixture(scope="module")
+def wrong_answers(serve: Serve) -> str:
+    """Base URL of a server that answers ``/<i>/retrieve`` with the i-th wrong answer."""
+
     async def handler(request: Request) -> Response:
+        content, status, _ = WRONG_ANSWERS[request.path_params["case"]]
         return Response(content, status_code=status)
 
-    retriever = HttpRetriever([serve(app_of(handler))], max_retries=1)
-    error = failure(retriever)
+    return serve(Starlette(routes=[Route("/{case:int}/retrieve", handler, methods=["POST"])]))
+
+
+@pytest.mark.parametrize("case", range(len(WRONG_ANSWERS)))
+def test_a_wrong_answer_is_a_typed_error(wrong_answers: str, case: int) -> None:
+    kind = WRONG_ANSWERS[case][2]
+    meter = RetrievalMeter()
+    error = failure(HttpRetriever([f"{wrong_answers}/{case}"], deadline_s=0.3, meter=meter))
     assert error.kind is kind
-    stats = retriever.stats()
-    retried = kind in (FailureKind.UNAVAILABLE, FailureKind.OVERLOADED)
-    assert (stats.failed, stats.requests, stats.retries) == (1, 1 + retried, int(retried))
+    retried = kind in (FailureKind.UNAVAILABLE, FailureKind.OVERLOADED, FailureKind.TIMEOUT)
+    assert (meter.counts["retries"] > 0) == retried
+    assert meter.counts["requests"] == 1 + meter.counts["retries"]
 
 
 def test_a_server_that_hangs_is_a_timeout(serve: Serve) -> None:
@@ -146,9 +156,9 @@ def test_a_server_that_hangs_is_a_timeout(serve: Serve) -> None:
         await asyncio.sleep(0.5)
         return JSONResponse({"result": [[]]})
 
-    error = failure(HttpRetriever([serve(app_of(handler))], timeout_s=0.1, max_retries=1))
+    error = failure(HttpRetriever([serve(app_of(handler))], timeout_s=0.1, deadline_s=0.3))
     assert error.kind is FailureKind.TIMEOUT
-    assert "did not answer in 0.1 s (attempt 2, the last)" in str(error)
+    assert "did not answer in 0.1 s" in str(error)
 
 
 def test_a_server_that_dribbles_is_a_timeout() -> None:
@@ -166,7 +176,7 @@ def test_a_server_that_dribbles_is_a_timeout() -> None:
     async def scenario() -> RetrievalError:
         server = await asyncio.start_server(dribble, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        retriever = HttpRetriever([url], timeout_s=0.3, max_retries=0)
+        retriever = HttpRetriever([url], timeout_s=0.3, deadline_s=0.4)
         with pytest.raises(RetrievalError) as caught:
             await retriever.search("q", 1)
         await retriever.aclose()
@@ -181,7 +191,7 @@ def test_a_server_that_dribbles_is_a_timeout() -> None:
 def test_nobody_listening_is_unavailable_within_the_deadline() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    error = failure(HttpRetriever([f"http://127.0.0.1:{port}"], max_retries=100, deadline_s=0.5))
+    error = failure(HttpRetriever([f"http://127.0.0.1:{port}"], deadline_s=0.5))
     assert error.kind is FailureKind.UNAVAILABLE
 
 
@@ -193,9 +203,10 @@ def test_a_passing_trouble_is_retried(serve: Serve) -> None:
         body = await request.json()
         return echo(body["queries"], 1) if status == 200 else Response(status_code=status, headers=headers)
 
-    retriever = HttpRetriever([serve(app_of(handler))])
+    meter = RetrievalMeter()
+    retriever = HttpRetriever([serve(app_of(handler))], meter=meter)
     assert run(retriever, "q") == [[Document(id="q0", contents="q", score=1.0)]]
-    assert retriever.stats().retries == 2
+    assert meter.counts == {"requests": 3, "retries": 2}
 
 
 def test_a_dead_server_is_passed_over_for_a_living_one(serve: Serve) -> None:
@@ -210,15 +221,21 @@ def test_a_dead_server_is_passed_over_for_a_living_one(serve: Serve) -> None:
 
 
 def test_a_refused_query_does_not_take_the_others_along(serve: Serve) -> None:
+    seen: list[str] = []
+
     async def handler(request: Request) -> Response:
         queries = (await request.json())["queries"]
-        return JSONResponse({"error": "NUL"}, 422) if any("\0" in q for q in queries) else echo(queries, 1)
+        seen.extend(queries)
+        return JSONResponse({"error": "X"}, 422) if "X" in queries else echo(queries, 1)
 
-    results = run(HttpRetriever([serve(app_of(handler))]), *"abc", "\0", "\ud800", *"def")
+    results = run(
+        HttpRetriever([serve(app_of(handler))]), *"abc", "X", "\0", "\ud800", " ", "y" * 3000, *"def"
+    )
     errors = {i: r.kind for i, r in enumerate(results) if isinstance(r, RetrievalError)}
-    assert errors == {3: FailureKind.REJECTED, 4: FailureKind.REJECTED}
+    assert errors == dict.fromkeys([3, 4, 5, 6, 7], FailureKind.REJECTED)
     good = [r[0].contents for r in results if isinstance(r, list)]
     assert good == list("abcdef")
+    assert set(seen) == set("abcdefX")  # what no server would take was not sent
 
 
 def test_closing_fails_what_waits(serve: Serve) -> None:
@@ -226,22 +243,83 @@ def test_closing_fails_what_waits(serve: Serve) -> None:
         await asyncio.sleep(0.3)
         return echo((await request.json())["queries"], 1)
 
-    async def scenario() -> list[list[Document] | BaseException]:
-        retriever = HttpRetriever([url])
+    async def scenario(turns: int, pause_s: float) -> list[list[Document] | BaseException]:
+        retriever = HttpRetriever([url], max_concurrency=8)
         searches = [asyncio.create_task(retriever.search(f"q{i}", i % 6 + 1)) for i in range(12)]
-        await asyncio.sleep(0.1)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await asyncio.sleep(pause_s)
         await retriever.aclose()
         return await asyncio.gather(*searches, return_exceptions=True)
 
     url = serve(app_of(handler))
-    results = asyncio.run(scenario())
-    assert [r.kind for r in results if isinstance(r, RetrievalError)] == [FailureKind.UNAVAILABLE] * 12
+    # In each stage: not yet queued, queued, senders made but not begun, under way.
+    for turns, pause_s in [(0, 0.0), (1, 0.0), (2, 0.0), (3, 0.0), (0, 0.1)]:
+        results = asyncio.run(scenario(turns, pause_s))
+        assert [r.kind for r in results if isinstance(r, RetrievalError)] == [FailureKind.UNAVAILABLE] * 12
 
 
 def test_bad_urls_are_refused_at_once() -> None:
     for urls, reason in [([], "at least one URL"), (["127.0.0.1:80"], "no http"), (["ftp://x"], "no http")]:
         with pytest.raises((ValueError, httpx.InvalidURL), match=reason):
             HttpRetriever(urls)
+
+
+@pytest.mark.parametrize("token", ["a b", "secret\nX-Evil: 1", "sécret"])
+def test_a_token_that_is_no_header_is_refused_without_being_shown(token: str) -> None:
+    with pytest.raises(ValueError, match="must be printable ASCII") as caught:
+        HttpRetriever(["http://127.0.0.1:1"], token=token)
+    assert token not in str(caught.value)
+
+
+def test_token_and_time_left_are_sent_and_the_token_is_not_shown(serve: Serve) -> None:
+    seen: list[tuple[str, int]] = []
+
+    async def handler(request: Request) -> Response:
+        token = request.headers.get("authorization", "")
+        seen.append((token, int(request.headers["x-searchrl-timeout-ms"])))
+        if token != "Bearer right":
+            return JSONResponse({"error": f"bad header {token}"}, 401)
+        return echo((await request.json())["queries"], 1)
+
+    url = serve(app_of(handler))
+    assert isinstance(run(HttpRetriever([url], token="right", timeout_s=9.0), "q")[0], list)
+    assert isinstance(run(HttpRetriever([url], token="right", deadline_s=2.0), "q")[0], list)
+    assert [token for token, _ in seen] == ["Bearer right"] * 2
+    assert seen[0][1] == 9000
+    assert 1000 < seen[1][1] <= 2000  # a request has no more time than its search
+    meter = RetrievalMeter()
+    error = failure(HttpRetriever([url], token="wr0ng-t0ken", meter=meter))
+    assert error.kind is FailureKind.UNAUTHORIZED
+    assert "set SEARCHRL_RETRIEVAL_TOKEN" in str(error)
+    assert "wr0ng-t0ken" not in str(error) + repr(error.__cause__)
+    assert meter.counts["requests"] == 1
+
+
+def test_an_answer_without_bounds_is_cut_off(serve: Serve) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(2 * MAX_ANSWER_BYTES // 65536):
+            yield b" " * 65536
+            await asyncio.sleep(0)
+
+    async def handler(request: Request) -> Response:
+        return StreamingResponse(chunks())
+
+    error = failure(HttpRetriever([serve(app_of(handler))]))
+    assert error.kind is FailureKind.BAD_RESPONSE
+    assert f"more than {MAX_ANSWER_BYTES} bytes" in str(error)
+
+
+def test_waiting_for_a_place_counts_against_the_deadline(serve: Serve) -> None:
+    async def handler(request: Request) -> Response:
+        await asyncio.sleep(0.3)
+        return echo((await request.json())["queries"], 1)
+
+    results = run(HttpRetriever([serve(app_of(handler))], max_concurrency=2, deadline_s=0.5), *"abcd")
+    assert [isinstance(r, list) for r in results] == [True, True, False, False]
+    late = results[3]
+    assert isinstance(late, RetrievalError)
+    assert late.kind is FailureKind.TIMEOUT
 
 
 def test_no_retriever_finds_nothing() -> None:

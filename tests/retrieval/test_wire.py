@@ -15,6 +15,7 @@ DOCUMENTS = st.lists(
     st.lists(
         st.builds(Document, id=TEXT, contents=TEXT, score=st.floats(allow_nan=False, allow_infinity=False)),
         max_size=4,
+        unique_by=lambda document: (document.id, document.contents),
     ),
     max_size=4,
 )
@@ -60,6 +61,15 @@ def test_the_two_nestings_letter_by_letter() -> None:
         (b'{"result": [[{"document": {"id": "1", "contents": null}, "score": 1}]]}', "a document without"),
         (b'{"result": [[{"document": {"id": "1", "contents": "x"}, "score": "high"}]]}', "a score is str"),
         (b'{"result": [[[{"id": "1", "contents": "x"}], [0.5]]]}', "a document is list"),
+        (b'{"result": [[null]]}', "a document is NoneType"),
+        (b'{"result": [[{"id": "1", "contents": "x"}, {"id": 1, "contents": "x"}]]}', "a document twice"),
+        (b'{"result": [[{"document": {"id": "1", "contents": "x"}, "score": NaN}]]}', "not a finite"),
+        (b'{"result": [[{"document": {"id": "1", "contents": "x"}, "score": -Infinity}]]}', "not a finite"),
+        (
+            b'{"result": [[{"document": {"id": "1", "contents": "x"}, "score": 1%b}]]}' % (b"0" * 400),
+            "finite",
+        ),
+        (b'{"result": [[{"id": "1", "contents": "\xff"}]]}', "no JSON"),
     ],
 )
 def test_an_answer_that_fits_neither_nesting_is_a_typed_error(body: bytes, reason: str) -> None:
@@ -72,6 +82,18 @@ def test_more_documents_than_asked_for_are_cut_and_numeric_ids_are_strings() -> 
     body = json.dumps({"result": [[{"id": i, "contents": "x"} for i in range(5)]]}).encode()
     (documents,) = parse_answer(body, num_queries=1, top_k=2)
     assert [document.id for document in documents] == ["0", "1"]
+
+
+def test_a_lone_surrogate_becomes_a_character_that_can_be_encoded() -> None:
+    escaped = rb'{"result": [[{"id": "\ud800", "contents": "a\udc00b \ud83e\udd8a RAW"}]]}'
+    body = escaped.replace(b"RAW", "\ud800".encode(errors="surrogatepass"))
+    (documents,) = parse_answer(body, num_queries=1, top_k=1)
+    assert documents == [Document(id="\ufffd", contents="a\ufffdb \U0001f98a \ufffd", score=0.0)]
+
+
+def test_chunks_of_one_article_are_no_duplicates() -> None:
+    body = b'{"result": [[{"id": "1", "contents": "x"}, {"id": "1", "contents": "y"}]]}'
+    assert len(parse_answer(body, num_queries=1, top_k=3)[0]) == 2
 
 
 @pytest.mark.parametrize(

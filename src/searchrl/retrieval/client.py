@@ -1,257 +1,290 @@
-"""A retriever over HTTP: coalesces concurrent searches, retries within a deadline, fails with typed errors.
+"""A retriever over HTTP: coalesces concurrent searches, outlasts restarts, fails with typed errors.
 
-One POST carries up to 64 queries over at most four connections. A connection for each episode would be the
-bottleneck: httpx's pool takes time quadratic in its connections.
+One POST carries up to 64 queries, over at most four connections a server. A connection for each episode would
+be the bottleneck: httpx's pool takes time quadratic in its connections.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import random
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import cycle
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import httpx
 
+from searchrl.retrieval.endpoints import MAX_REQUESTS, Endpoint, EndpointPool, IndexGuard
+from searchrl.retrieval.meter import RetrievalMeter
+from searchrl.retrieval.transport import (
+    ConcurrencyLimit,
+    RetryBudget,
+    RetryPolicy,
+    send,
+    with_retries,
+)
 from searchrl.retrieval.types import FailureKind, RetrievalError
-from searchrl.retrieval.wire import parse_answer
+from searchrl.retrieval.wire import parse_answer, query_problem
 from searchrl.trajectory import Document
 
 _MAX_QUERIES = 64
-_MAX_CONNECTIONS = 4
-_FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 5.0
+_CONNECT_TIMEOUT_S = 10.0
+# Shorter than servers keep idle connections (uvicorn: 5 s): a request must not meet one that is just closing.
+_KEEPALIVE_S = 2.0
 
 
-@dataclass(kw_only=True, slots=True)
-class RetrievalStats:
-    """What a client did since it was last asked."""
+class _Waiter(NamedTuple):
+    """One search."""
 
-    queries: int = 0
-    """Searches that ended, well or not."""
-    failed: int = 0
-    requests: int = 0
-    """POSTs sent, retries included."""
-    retries: int = 0
-    p50_s: float = 0.0
-    """Median seconds of a successful search, waiting and retries included; 0 if there was none."""
-    p99_s: float = 0.0
-
-
-@dataclass(slots=True, eq=False)
-class _Waiter:
     query: str
     top_k: int
     future: asyncio.Future[list[Document]]
-    started: float = field(default_factory=time.monotonic)
+    deadline: float
+
+
+@dataclass(slots=True, eq=False)
+class _Session:
+    """What belongs to one event loop, and dies with it."""
+
+    loop: asyncio.AbstractEventLoop
+    http: httpx.AsyncClient
+    pool: EndpointPool
+    queue: deque[_Waiter]
+    senders: set[asyncio.Task[None]]
+    is_closed: bool = False
 
 
 class HttpRetriever:
-    """Searches one or more servers that speak `wire`'s format.
+    """Searches one or more servers that speak `wire`'s format and hold the same index.
 
-    ``urls`` are base URLs (``http://127.0.0.1:8000``), with or without ``/retrieve``, taken in turn.
-    ``timeout_s`` bounds one request, ``max_retries`` and ``deadline_s`` all attempts of one together, the
-    deadline from the moment its newest search was asked. Connection errors, timeouts, 5xx and 429 are tried
-    again; an answer out of format and a refusal are not.
+    ``urls`` are base URLs (``http://127.0.0.1:8000``), with or without ``/retrieve``. ``timeout_s`` bounds
+    one request, ``deadline_s`` a whole search: its wait for one of ``max_concurrency`` places, all attempts
+    and the pauses between them. While no server works, searches wait for one until their deadline: a restart
+    costs time, not trajectories. Connection errors, timeouts, 5xx and 429 are tried again; an answer out of
+    format, a refusal and another index than ``expected_index`` (None: that of the first answer) are not.
+    ``token`` is sent as a bearer token. ``meter`` counts ``requests`` and ``retries``.
     """
 
     def __init__(
-        self, urls: Sequence[str], *, timeout_s: float = 30.0, max_retries: int = 5, deadline_s: float = 90.0
+        self,
+        urls: Sequence[str],
+        *,
+        timeout_s: float = 30.0,
+        deadline_s: float = 120.0,
+        max_concurrency: int = 256,
+        token: str | None = None,
+        meter: RetrievalMeter | None = None,
+        expected_index: str | None = None,
     ) -> None:
         if not urls:
             raise ValueError("HttpRetriever needs at least one URL")
         for url in urls:
             if httpx.URL(url).scheme not in ("http", "https"):
                 raise ValueError(f"{url!r} is no http(s) URL")
-        self._urls = cycle([url.rstrip("/").removesuffix("/retrieve") + "/retrieve" for url in urls])
-        self._timeout_s = timeout_s
-        self._max_retries = max_retries
-        self._deadline_s = deadline_s
-        self._jitter = random.Random()  # its own: retries must not advance a seeded global generator
-        self._stats = RetrievalStats()
-        self._seconds: list[float] = []
-        self._loop: asyncio.AbstractEventLoop | None = None
+        if token and not (token.isascii() and token.isprintable() and " " not in token):
+            raise ValueError("the token for the search server must be printable ASCII without spaces")
+        # A URL given twice is one server with one limit of connections.
+        self._bases = list(dict.fromkeys(url.rstrip("/").removesuffix("/retrieve") for url in urls))
+        self._policy = RetryPolicy(timeout_s=timeout_s, deadline_s=deadline_s)
+        self._limit = ConcurrencyLimit(max_concurrency)
+        self._budget = RetryBudget()
+        self._meter = meter or RetrievalMeter()
+        self._index = IndexGuard(expected_index)
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._session: _Session | None = None
 
     async def search(self, query: str, top_k: int) -> list[Document]:
         """See `Retriever.search`. Works in whichever event loop calls it."""
-        self._bind()
-        waiter = _Waiter(query, top_k, asyncio.get_running_loop().create_future())
-        try:
-            try:
-                query.encode()
-            except UnicodeEncodeError as error:
-                raise RetrievalError(
-                    "the query contains a lone surrogate", kind=FailureKind.REJECTED
-                ) from error
-            self._queue.append(waiter)
+        deadline = time.monotonic() + self._policy.deadline_s
+        session = self._bind()
+        problem = query_problem(query)
+        if problem is not None:
+            raise RetrievalError(f"the query {problem}", kind=FailureKind.REJECTED)
+        async with self._limit.slot(deadline):
+            if session.is_closed:
+                raise _closed()
+            waiter = _Waiter(query, top_k, session.loop.create_future(), deadline)
+            session.queue.append(waiter)
             # Not at once: all episodes that ask in this turn of the loop travel together.
-            asyncio.get_running_loop().call_soon(self._dispatch)
-            documents = await waiter.future
-        except RetrievalError:
-            self._stats.queries += 1
-            self._stats.failed += 1
-            raise
-        self._stats.queries += 1
-        self._seconds.append(time.monotonic() - waiter.started)
-        return documents
+            session.loop.call_soon(self._dispatch, session)
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    return await waiter.future
+            except TimeoutError as error:
+                raise self._too_late(session) from error
+
+    async def fingerprint(self) -> str | None:
+        """Return which index the servers hold, by ``GET /health``; None if they do not tell.
+
+        Answers from another one will be refused. Raises `RetrievalError`, of kind wrong_index if the servers
+        hold different ones.
+        """
+        session = self._bind()
+        deadline = time.monotonic() + self._policy.deadline_s
+
+        async def ask(endpoint: Endpoint) -> str | None:
+            async def attempt(timeout_s: float) -> str | None:
+                url = f"{endpoint.base}/health"
+                request = session.http.build_request("GET", url, headers=self._headers)
+                try:
+                    response = await send(session.http, request, timeout_s=timeout_s, where=url)
+                except RetrievalError as error:
+                    if error.kind is FailureKind.BAD_RESPONSE:
+                        return None  # no such page: a server that is not ours
+                    raise
+                return _named_index(response)
+
+            return await with_retries(
+                attempt, policy=self._policy, deadline=deadline, budget=self._budget, meter=self._meter
+            )
+
+        names = await asyncio.gather(*(ask(endpoint) for endpoint in session.pool.endpoints))
+        # Names first: one server that tells is enough to expect it of all.
+        for name, base in sorted(zip(names, self._bases, strict=True), key=lambda pair: pair[0] is None):
+            self._index.check(name, base)
+        return names[0]
 
     async def aclose(self) -> None:
         """Fail what still waits, close the connections. The retriever can be used again."""
-        if self._loop is not asyncio.get_running_loop():
+        session = self._session
+        if session is None or session.loop is not asyncio.get_running_loop():
             return  # never used, or only in a loop that is gone with its connections
-        _fail(self._queue, RetrievalError("the retriever was closed", kind=FailureKind.UNAVAILABLE))
-        self._queue.clear()  # before the senders end, each of which would send what waits
-        for sender in self._senders:
+        self._session = None
+        session.is_closed = True
+        _fail(session.queue, _closed())
+        session.queue.clear()  # before the senders end, each of which would send what waits
+        for sender in session.senders:
             sender.cancel()
-        await asyncio.gather(*self._senders, return_exceptions=True)
-        await self._http.aclose()
-        self._loop = None
+        await asyncio.gather(*session.senders, return_exceptions=True)
+        await session.pool.aclose()
+        await session.http.aclose()
 
-    def stats(self) -> RetrievalStats:
-        """Return the counters since the last call, and reset them."""
-        stats, self._stats = self._stats, RetrievalStats()
-        seconds, self._seconds = sorted(self._seconds), []
-        if seconds:
-            stats.p50_s = seconds[len(seconds) // 2]
-            stats.p99_s = seconds[min(len(seconds) - 1, int(len(seconds) * 0.99))]
-        return stats
-
-    def _bind(self) -> None:
-        """Tie queue and connections to the running loop; those of an earlier loop died with it."""
+    def _bind(self) -> _Session:
+        """Return the running loop's session; that of an earlier loop died with it."""
         loop = asyncio.get_running_loop()
-        if self._loop is loop:
-            return
-        self._loop = loop
-        self._queue: deque[_Waiter] = deque()
-        self._senders: set[asyncio.Task[None]] = set()
-        self._http = httpx.AsyncClient(
-            timeout=self._timeout_s,
-            limits=httpx.Limits(max_connections=_MAX_CONNECTIONS),
-            trust_env=False,  # a proxy from the environment must not see loopback traffic
-        )
+        if self._session is None or self._session.loop is not loop:
+            http = httpx.AsyncClient(
+                timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),  # the rest is bounded as a whole
+                limits=httpx.Limits(
+                    max_connections=(MAX_REQUESTS + 1) * len(self._bases),  # one more for health checks
+                    keepalive_expiry=_KEEPALIVE_S,
+                ),
+                trust_env=False,  # a proxy from the environment must not see loopback traffic
+            )
+            self._session = _Session(loop, http, EndpointPool(self._bases, http), deque(), set())
+        return self._session
 
-    def _dispatch(self) -> None:
+    def _dispatch(self, session: _Session) -> None:
         """Send what waits, as far as connections are free."""
-        while self._queue and len(self._senders) < _MAX_CONNECTIONS:
-            top_k = self._queue[0].top_k
+        queue = session.queue
+        while queue and len(session.senders) < MAX_REQUESTS * len(self._bases):
+            top_k = queue[0].top_k
             batch: list[_Waiter] = []
             later: list[_Waiter] = []
-            while self._queue and len(batch) < _MAX_QUERIES:
-                waiter = self._queue.popleft()
+            while queue and len(batch) < _MAX_QUERIES:
+                waiter = queue.popleft()
                 if not waiter.future.done():  # else its episode was cancelled
                     (batch if waiter.top_k == top_k else later).append(waiter)
-            self._queue.extendleft(reversed(later))
+            queue.extendleft(reversed(later))
             if batch:
-                sender = asyncio.create_task(self._send(batch))
-                self._senders.add(sender)
-                sender.add_done_callback(self._sent)
+                sender = asyncio.create_task(self._send(session, batch))
+                session.senders.add(sender)
+                sender.add_done_callback(partial(self._sent, session, batch))
 
-    def _sent(self, sender: asyncio.Task[None]) -> None:
-        self._senders.discard(sender)
-        self._dispatch()
+    def _sent(self, session: _Session, batch: list[_Waiter], sender: asyncio.Task[None]) -> None:
+        session.senders.discard(sender)
+        if sender.cancelled():  # here and not in the task, which may have been cancelled before it began
+            _fail(batch, _closed())
+        self._dispatch(session)
 
-    async def _send(self, batch: list[_Waiter]) -> None:
+    async def _send(self, session: _Session, batch: list[_Waiter]) -> None:
         """Bring every waiter of ``batch`` its documents or its error."""
+        deadline = max(waiter.deadline for waiter in batch)
+        last: Endpoint | None = None
+
+        async def attempt(timeout_s: float) -> None:
+            nonlocal last
+            waiting = [waiter for waiter in batch if not waiter.future.done()]
+            if not waiting:
+                return
+            async with session.pool.lease(len(waiting), deadline=deadline, avoid=last) as last:
+                timeout_s = min(self._policy.timeout_s, max(deadline - time.monotonic(), 0.001))
+                await self._post(session, last, waiting, timeout_s)
+
         try:
-            results = await self._attempts(batch)
-        except asyncio.CancelledError:
-            _fail(batch, RetrievalError("the retriever was closed", kind=FailureKind.UNAVAILABLE))
-            raise
+            await with_retries(
+                attempt, policy=self._policy, deadline=deadline, budget=self._budget, meter=self._meter
+            )
         except RetrievalError as error:
             if error.kind is FailureKind.REJECTED and len(batch) > 1:
                 # One bad query spoils the request: halve until only its own search fails.
-                await self._send(batch[: len(batch) // 2])
-                await self._send(batch[len(batch) // 2 :])
+                await self._send(session, batch[: len(batch) // 2])
+                await self._send(session, batch[len(batch) // 2 :])
                 return
             _fail(batch, error)
         except Exception as error:  # a bug here must reach those who wait, who would otherwise wait for ever
             _fail(batch, error)
-        else:
-            for waiter, documents in zip(batch, results, strict=True):
-                if not waiter.future.done():
-                    waiter.future.set_result(documents)
 
-    async def _attempts(self, batch: list[_Waiter]) -> list[list[Document]]:
-        """POST until it succeeds, is refused, or retries or the time are used up."""
-        deadline = max(waiter.started for waiter in batch) + self._deadline_s
-        attempt = 0
-        while True:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                message = f"no free connection to the search server in {self._deadline_s:g} s"
-                raise RetrievalError(message, kind=FailureKind.TIMEOUT)
-            try:
-                return await self._post(batch, min(self._timeout_s, remaining))
-            except _RetriableError as error:
-                pause = min(_FIRST_PAUSE_S * 2**attempt, _LONGEST_PAUSE_S) * self._jitter.uniform(0.5, 1.0)
-                pause = max(pause, error.retry_after_s)
-                attempt += 1
-                if attempt > self._max_retries or time.monotonic() + pause >= deadline:
-                    raise RetrievalError(f"{error} (attempt {attempt}, the last)", kind=error.kind) from error
-                self._stats.retries += 1
-                await asyncio.sleep(pause)
-
-    async def _post(self, batch: list[_Waiter], timeout_s: float) -> list[list[Document]]:
-        url = next(self._urls)
-        top_k = batch[0].top_k
+    async def _post(
+        self, session: _Session, endpoint: Endpoint, waiting: list[_Waiter], timeout_s: float
+    ) -> None:
+        """Ask ``endpoint`` once and hand the documents out."""
+        url = f"{endpoint.base}/retrieve"
+        top_k = waiting[0].top_k
         # ASCII escapes: any string makes a valid body.
-        body = json.dumps(
-            {"queries": [w.query for w in batch], "topk": top_k, "return_scores": True}
-        ).encode()
-        self._stats.requests += 1
+        body = json.dumps({"queries": [w.query for w in waiting], "topk": top_k, "return_scores": True})
+        headers = {
+            "Content-Type": "application/json",
+            "Accept-Encoding": "identity",
+            "X-Searchrl-Timeout-Ms": str(max(int(timeout_s * 1000), 1)),
+            **self._headers,
+        }
+        request = session.http.build_request("POST", url, content=body.encode(), headers=headers)
         try:
-            async with asyncio.timeout(timeout_s):  # httpx's own timeouts start anew with each byte
-                response = await self._http.post(
-                    url, content=body, headers={"Content-Type": "application/json"}, timeout=timeout_s
-                )
-        except (TimeoutError, httpx.TimeoutException) as error:
-            raise _RetriableError(
-                f"{url} did not answer in {timeout_s:.3g} s", FailureKind.TIMEOUT
-            ) from error
-        except httpx.TransportError as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise _RetriableError(f"{url} cannot be reached: {reason}", FailureKind.UNAVAILABLE) from error
-        except httpx.DecodingError as error:
-            message = f"{url} sent a broken content encoding: {error}"
-            raise RetrievalError(message, kind=FailureKind.BAD_RESPONSE) from error
-        _check_status(response, url)
-        return parse_answer(response.content, num_queries=len(batch), top_k=top_k)
+            response = await send(session.http, request, timeout_s=timeout_s, where=url)
+        except RetrievalError as error:
+            if error.kind is not FailureKind.UNAUTHORIZED:
+                raise
+            message = f"{error}; set SEARCHRL_RETRIEVAL_TOKEN to the token that the server was given"
+            raise RetrievalError(message, kind=error.kind) from error
+        self._index.check_answer(response.headers, url)
+        results = parse_answer(response.content, num_queries=len(waiting), top_k=top_k)
+        for waiter, documents in zip(waiting, results, strict=True):
+            if not waiter.future.done():
+                waiter.future.set_result(documents)
+
+    def _too_late(self, session: _Session) -> RetrievalError:
+        """The error of a search whose deadline has passed."""
+        pool = session.pool
+        reason = pool.trouble() or "they were still at work"
+        message = f"no answer from {', '.join(self._bases)} in {self._policy.deadline_s:g} s: {reason}"
+        kind = FailureKind.UNAVAILABLE if pool.all_down else FailureKind.TIMEOUT
+        return RetrievalError(message, kind=kind)
 
 
-class _RetriableError(Exception):
-    """A failure that another attempt may not have."""
-
-    def __init__(self, message: str, kind: FailureKind, retry_after_s: float = 0.0) -> None:
-        super().__init__(message)
-        self.kind = kind
-        self.retry_after_s = retry_after_s
-
-
-def _check_status(response: httpx.Response, url: str) -> None:
-    """Raise if the answer is not a success."""
-    status = response.status_code
-    if status == 200:
-        return
-    message = f"{url} answered {status}: {response.text[:300]}"
-    if status in (429, 503):
-        header = response.headers.get("retry-after", "")
-        pause = min(float(header), _LONGEST_PAUSE_S) if header.isascii() and header.isdigit() else 0.0
-        raise _RetriableError(message, FailureKind.OVERLOADED, pause)
-    if status == 408:
-        raise _RetriableError(message, FailureKind.TIMEOUT)
-    if status >= 500:
-        raise _RetriableError(message, FailureKind.UNAVAILABLE)
-    if status in (400, 413, 414, 422):
-        raise RetrievalError(message, kind=FailureKind.REJECTED)
-    # A redirect, a missing page, a login: this is not our server, and no query is to blame.
-    raise RetrievalError(message, kind=FailureKind.BAD_RESPONSE)
+def _named_index(response: httpx.Response) -> str | None:
+    """The index in a health answer: the header, or ``index`` in the body."""
+    try:
+        record = response.json()
+    except (ValueError, RecursionError):
+        record = None
+    name = response.headers.get("x-searchrl-index") or (
+        record.get("index") if isinstance(record, dict) else None
+    )
+    return name if isinstance(name, str) and name else None
 
 
-def _fail(waiters: Sequence[_Waiter] | deque[_Waiter], error: Exception) -> None:
+def _closed() -> RetrievalError:
+    return RetrievalError("the retriever was closed", kind=FailureKind.UNAVAILABLE)
+
+
+def _fail(waiters: Iterable[_Waiter], error: Exception) -> None:
     for waiter in waiters:
         if not waiter.future.done():
-            waiter.future.set_exception(error)
+            # Each its own: raised in several tasks, one exception would collect the traces of all.
+            own = RetrievalError(str(error), kind=error.kind) if isinstance(error, RetrievalError) else error
+            own.__cause__ = error.__cause__
+            waiter.future.set_exception(own)

@@ -20,8 +20,8 @@ import asyncio
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
@@ -36,6 +36,9 @@ T = TypeVar("T")
 
 MAX_ANSWER_BYTES = 64 << 20
 """Longer answers are an error: 512 queries with 100 documents of a kilobyte each would not reach it."""
+
+MAX_RETRY_AFTER_S = 30.0
+"""A server that asks for a longer pause is asked again after this one."""
 
 _SECRET_HEADERS = ("authorization", "proxy-authorization", "x-api-key", "x-subscription-token")
 _JITTER = random.Random()  # its own: retries must not advance a seeded global generator
@@ -61,8 +64,7 @@ class RetryPolicy:
     first_pause_s: float = 0.1
     """Doubled with each attempt."""
     max_pause_s: float = 5.0
-    max_retry_after_s: float = 30.0
-    """A server that asks for a longer pause gets this one."""
+    """Back-off grows no further."""
 
 
 class RetryBudget:
@@ -111,7 +113,7 @@ class CircuitBreaker:
     as `heal` says that a health check succeeded, it is half open.
     half open: one request passes. Its success closes the breaker, its failure opens it again.
 
-    Every request that `allow` lets pass must end in `succeeded`, `failed` or `abandoned`.
+    Every request that `allow` lets pass must end in `succeeded`, `failed` or `abandoned`; `watch` sees to it.
     """
 
     def __init__(self, *, threshold: int = 3, first_pause_s: float = 0.5, max_pause_s: float = 5.0) -> None:
@@ -164,6 +166,26 @@ class CircuitBreaker:
         """A health check succeeded: let a trial pass now."""
         if self._reopens is not None:
             self._reopens = time.monotonic()
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Report how the request inside the ``with`` block ended."""
+        try:
+            yield
+        except Retriable as error:
+            # Too many requests says that the endpoint lives, but not that it can serve.
+            if error.kind is FailureKind.OVERLOADED:
+                self.abandoned()
+            else:
+                self.failed()
+            raise
+        except RetrievalError:  # an answer, if a bad one
+            self.succeeded()
+            raise
+        except BaseException:  # cancelled, or a bug
+            self.abandoned()
+            raise
+        self.succeeded()
 
     async def admit(self, deadline: float) -> None:
         """Wait until a request may be sent; raise `RetrievalError` (unavailable) at ``deadline``."""
@@ -231,12 +253,13 @@ async def with_retries(
         meter.counts["retries"] += attempts > 1
         try:
             remaining = max(deadline - time.monotonic(), 0.001)
-            return await _guarded(attempt(min(policy.timeout_s, remaining)), breaker)
+            with breaker.watch() if breaker is not None else nullcontext():
+                return await attempt(min(policy.timeout_s, remaining))
         except Retriable as error:
             pause = min(policy.first_pause_s * 2 ** min(attempts - 1, 20), policy.max_pause_s)
             pause *= _JITTER.uniform(0.5, 1.0)
             if error.retry_after_s > 0.0:  # the jitter on top: not all of its clients at the same moment
-                pause += min(error.retry_after_s, policy.max_retry_after_s)
+                pause += error.retry_after_s
             if time.monotonic() + pause >= deadline:
                 reason = f"the deadline of {policy.deadline_s:g} s leaves no time for another"
             elif error.retry_after_s == 0.0 and not budget.withdraw():
@@ -247,29 +270,6 @@ async def with_retries(
                 message = f"{error} (attempt {attempts}, the last: {reason})"
                 raise RetrievalError(message, kind=error.kind) from error
             await asyncio.sleep(pause)
-
-
-async def _guarded(request: Awaitable[T], breaker: CircuitBreaker | None) -> T:
-    """Await ``request`` and tell ``breaker`` how it went."""
-    if breaker is None:
-        return await request
-    try:
-        result = await request
-    except Retriable as error:
-        # Too many requests says that the endpoint lives, but not that it can serve.
-        if error.kind is FailureKind.OVERLOADED:
-            breaker.abandoned()
-        else:
-            breaker.failed()
-        raise
-    except RetrievalError:  # an answer, if a bad one
-        breaker.succeeded()
-        raise
-    except BaseException:  # cancelled, or a bug
-        breaker.abandoned()
-        raise
-    breaker.succeeded()
-    return result
 
 
 async def send(
@@ -297,7 +297,7 @@ async def send(
                         raise RetrievalError(message, kind=FailureKind.BAD_RESPONSE)
             finally:
                 await response.aclose()
-    except (TimeoutError, httpx.TimeoutException) as error:
+    except (TimeoutError, httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout) as error:
         raise Retriable(f"{where} did not answer in {timeout_s:.3g} s", FailureKind.TIMEOUT) from error
     except httpx.LocalProtocolError:
         # Its text quotes the header, and that may be a key.
@@ -360,12 +360,13 @@ def _redacted(response: httpx.Response) -> str:
 def _retry_after_s(headers: httpx.Headers) -> float:
     """Seconds that Retry-After asks for, given as such or as a date; 0 if it is missing or unreadable."""
     value = headers.get("retry-after", "").strip()
-    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", value):
-        return float(value)
     try:
-        until = parsedate_to_datetime(value).timestamp()
-        # By the server's own clock, if it tells: ours may differ.
-        now = parsedate_to_datetime(headers["date"]).timestamp() if "date" in headers else time.time()
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", value):
+            seconds = float(value)
+        else:
+            # By the server's own clock, if it tells: ours may differ.
+            now = parsedate_to_datetime(headers["date"]).timestamp() if "date" in headers else time.time()
+            seconds = parsedate_to_datetime(value).timestamp() - now
     except (ValueError, OverflowError):
         return 0.0
-    return max(until - now, 0.0)
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER_S)

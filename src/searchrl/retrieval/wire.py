@@ -8,6 +8,7 @@ return_scores false:  {"result": [[{"id", "contents"}]]}
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -33,6 +34,8 @@ TOKEN_VARIABLE = "SEARCHRL_RETRIEVAL_TOKEN"
 
 Answer: TypeAlias = list[tuple[bytes, float]]
 """What answers one query: (corpus line, score) pairs, best first."""
+
+_LARGEST = sys.float_info.max
 
 
 class BadRequestError(ValueError):
@@ -139,7 +142,9 @@ def render_answer(results: Sequence[Answer], *, return_scores: bool) -> bytes:
 def parse_answer(body: bytes, *, num_queries: int, top_k: int) -> list[list[Document]]:
     """Return each query's documents from an answer in either nesting, at most ``top_k`` each.
 
-    Without scores the score is 0.0. Raises `RetrievalError` (bad_response) if the answer fits neither.
+    Without scores the score is 0.0. A lone surrogate, which no tokenizer takes, becomes U+FFFD: it is a flaw
+    of one passage that no other attempt would mend. Raises `RetrievalError` (bad_response) if the answer fits
+    neither nesting, a score is not finite, or a passage comes twice in one result, as FAISS's id -1 does.
     """
     try:
         record = json.loads(body)
@@ -154,7 +159,10 @@ def parse_answer(body: bytes, *, num_queries: int, top_k: int) -> list[list[Docu
     for result in results:
         if not isinstance(result, list):
             raise _bad(f"a result is {type(result).__name__}, not a list")
-        documents.append([_document(item) for item in result[:top_k]])
+        found = [_document(item) for item in result[:top_k]]
+        if len({(document.id, document.contents) for document in found}) < len(found):
+            raise _bad(f"a result holds a document twice; its ids are {[document.id for document in found]}")
+        documents.append(found)
     return documents
 
 
@@ -167,10 +175,20 @@ def _document(item: object) -> Document:
     if isinstance(id_, int) and not isinstance(id_, bool):
         id_ = str(id_)
     if not isinstance(id_, str) or not isinstance(contents, str):
-        raise _bad(f'a document without the strings "id" and "contents"; its keys are {sorted(inner)}')
+        raise _bad(f'a document without the strings "id" and "contents"; its keys are {sorted(inner)[:8]}')
     if isinstance(score, bool) or not isinstance(score, int | float):
         raise _bad(f"a score is {type(score).__name__}, not a number")
-    return Document(id=id_, contents=contents, score=float(score))
+    if not -_LARGEST <= score <= _LARGEST:  # false for NaN; an int may be too large for a float
+        raise _bad("a score is not a finite number")
+    return Document(id=_encodable(id_), contents=_encodable(contents), score=float(score))
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _object(value: object) -> dict[str, object]:
