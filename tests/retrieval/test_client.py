@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import socket
@@ -163,15 +164,19 @@ def test_a_server_that_hangs_is_a_timeout(serve: Serve) -> None:
 
 def test_a_server_that_dribbles_is_a_timeout() -> None:
     """Each byte comes in time, the answer never ends."""
-    finished = asyncio.Event()
+    dribbling = 0
 
     async def dribble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal dribbling
+        dribbling += 1
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
         while not writer.is_closing():
             writer.write(b" ")
             await asyncio.sleep(0.02)
         writer.close()
-        finished.set()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+        dribbling -= 1
 
     async def scenario() -> RetrievalError:
         server = await asyncio.start_server(dribble, "127.0.0.1", 0)
@@ -180,7 +185,9 @@ def test_a_server_that_dribbles_is_a_timeout() -> None:
         with pytest.raises(RetrievalError) as caught:
             await retriever.search("q", 1)
         await retriever.aclose()
-        await asyncio.wait_for(finished.wait(), 5)
+        async with asyncio.timeout(5):
+            while dribbling:
+                await asyncio.sleep(0.01)
         server.close()
         await server.wait_closed()
         return caught.value

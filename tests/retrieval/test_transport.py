@@ -237,6 +237,7 @@ def test_retry_after() -> None:
         ({"retry_after": "7"}, 7.0),
         ({"retry_after": "1.5"}, 1.5),
         ({"retry_after": "0"}, 0.0),
+        ({"retry_after": "0.001"}, 0.1),
         ({"retry_after": "999999999"}, MAX_RETRY_AFTER_S),
         ({"retry_after": "-3"}, 0.0),
         ({"retry_after": "soon"}, 0.0),

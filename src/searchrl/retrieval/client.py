@@ -21,6 +21,7 @@ from searchrl.retrieval.endpoints import MAX_REQUESTS, Endpoint, EndpointPool, I
 from searchrl.retrieval.meter import RetrievalMeter
 from searchrl.retrieval.transport import (
     ConcurrencyLimit,
+    Retriable,
     RetryBudget,
     RetryPolicy,
     send,
@@ -114,7 +115,7 @@ class HttpRetriever:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     return await waiter.future
             except TimeoutError as error:
-                raise self._too_late(session) from error
+                raise session.pool.too_late() from error
 
     async def fingerprint(self) -> str | None:
         """Return which index the servers hold, by ``GET /health``; None if they do not tell.
@@ -174,7 +175,8 @@ class HttpRetriever:
                 ),
                 trust_env=False,  # a proxy from the environment must not see loopback traffic
             )
-            self._session = _Session(loop, http, EndpointPool(self._bases, http), deque(), set())
+            pool = EndpointPool(self._bases, http, deadline_s=self._policy.deadline_s)
+            self._session = _Session(loop, http, pool, deque(), set())
         return self._session
 
     def _dispatch(self, session: _Session) -> None:
@@ -207,12 +209,18 @@ class HttpRetriever:
 
         async def attempt(timeout_s: float) -> None:
             nonlocal last
-            waiting = [waiter for waiter in batch if not waiter.future.done()]
-            if not waiting:
-                return
-            async with session.pool.lease(len(waiting), deadline=deadline, avoid=last) as last:
-                timeout_s = min(self._policy.timeout_s, max(deadline - time.monotonic(), 0.001))
-                await self._post(session, last, waiting, timeout_s)
+            while waiting := [waiter for waiter in batch if not waiter.future.done()]:
+                try:
+                    async with session.pool.lease(len(waiting), deadline=deadline, avoid=last) as last:
+                        timeout_s = min(self._policy.timeout_s, max(deadline - time.monotonic(), 0.001))
+                        await self._post(session, last, waiting, timeout_s)
+                    return
+                except Retriable as error:
+                    if error.retry_after_s == 0.0:
+                        raise
+                    # The pool keeps the pause that the server asked for; another may answer meanwhile.
+                    self._meter.counts["requests"] += 1
+                    self._meter.counts["retries"] += 1
 
         try:
             await with_retries(
@@ -255,14 +263,6 @@ class HttpRetriever:
         for waiter, documents in zip(waiting, results, strict=True):
             if not waiter.future.done():
                 waiter.future.set_result(documents)
-
-    def _too_late(self, session: _Session) -> RetrievalError:
-        """The error of a search whose deadline has passed."""
-        pool = session.pool
-        reason = pool.trouble() or "they were still at work"
-        message = f"no answer from {', '.join(self._bases)} in {self._policy.deadline_s:g} s: {reason}"
-        kind = FailureKind.UNAVAILABLE if pool.all_down else FailureKind.TIMEOUT
-        return RetrievalError(message, kind=kind)
 
 
 def _named_index(response: httpx.Response) -> str | None:

@@ -25,21 +25,24 @@ _JITTER = random.Random()
 
 
 class Endpoint:
-    """One server. Its breaker stays open until a health check succeeds: time alone does not close it."""
+    """One server.
+
+    One failure opens its breaker, for a health check follows at once; only that, not time, half opens it.
+    """
 
     def __init__(self, base: str) -> None:
         self.base = base
-        self.breaker = CircuitBreaker(first_pause_s=math.inf, max_pause_s=math.inf)
+        self.breaker = CircuitBreaker(threshold=1, first_pause_s=math.inf, max_pause_s=math.inf)
         self.requests = 0
         """Under way."""
         self.queries = 0
         """In these requests."""
         self.not_before = 0.0
         """The server asked not to be sent anything before this `time.monotonic`."""
-        self.trouble = ""
-        """Its last failure; empty since it has answered."""
-        self.probe_s = _FIRST_PROBE_S
-        """Seconds before the next health check, about."""
+        self.failure: Retriable | None = None
+        """The last one; None since it has answered."""
+        self.probe_s = 0.0
+        """Seconds before the next health check, about; grows until a request succeeds."""
         self.last_use = 0
         """Number of the last request, for turns among equals."""
 
@@ -47,26 +50,28 @@ class Endpoint:
 class EndpointPool:
     """Hands out the least loaded of the servers that work, and watches over the others.
 
-    An endpoint fails with its breaker; then ``GET /health`` is asked every 0.5 to 5 s, and its first answer
-    that is no server error, say a 404 where there is no such page, lets a request pass again. A request for
-    an endpoint waits as long as there is none. Belongs to one event loop.
+    After a failure ``GET /health`` is asked, at once and then every 0.5 to 5 s. An answer that is no server
+    error, say a 404 where there is no such page, lets one request pass, and that one's success all others.
+    A server that asked for a pause gets it. While there is no server to be had, requests wait for one.
+    Belongs to one event loop.
     """
 
-    def __init__(self, bases: Sequence[str], http: httpx.AsyncClient) -> None:
+    def __init__(self, bases: Sequence[str], http: httpx.AsyncClient, *, deadline_s: float) -> None:
         self.endpoints = [Endpoint(base) for base in bases]
+        self._deadline_s = deadline_s
         self._http = http
         self._changed = asyncio.Event()
         self._probes: dict[Endpoint, asyncio.Task[None]] = {}
         self._uses = 0
 
-    @property
-    def all_down(self) -> bool:
-        """True if no server works."""
-        return all(endpoint.breaker.state is not BreakerState.CLOSED for endpoint in self.endpoints)
-
-    def trouble(self) -> str:
-        """What the servers failed with that have not answered since."""
-        return "; ".join(endpoint.trouble for endpoint in self.endpoints if endpoint.trouble)
+    def too_late(self) -> RetrievalError:
+        """Make the error of a search whose ``deadline_s`` are over: why the servers gave no answer."""
+        failures = [endpoint.failure for endpoint in self.endpoints if endpoint.failure is not None]
+        reason = "; ".join(map(str, failures)) or "they were still at work"
+        servers = ", ".join(endpoint.base for endpoint in self.endpoints)
+        # If some server works, it was too slow.
+        kind = failures[-1].kind if len(failures) == len(self.endpoints) else FailureKind.TIMEOUT
+        return RetrievalError(f"no answer from {servers} in {self._deadline_s:g} s: {reason}", kind=kind)
 
     @asynccontextmanager
     async def lease(
@@ -74,8 +79,8 @@ class EndpointPool:
     ) -> AsyncIterator[Endpoint]:
         """Lend an endpoint for one request of so many ``queries``, another than ``avoid`` if possible.
 
-        The outcome of the block decides what becomes of the endpoint. Raises `RetrievalError` (unavailable)
-        if there is none until ``deadline``, a `time.monotonic`.
+        The outcome of the block decides what becomes of the endpoint. Raises `RetrievalError` if there is
+        none until ``deadline``, a `time.monotonic`.
         """
         endpoint = await self._acquire(deadline, avoid)
         self._uses += 1
@@ -85,11 +90,12 @@ class EndpointPool:
         try:
             with endpoint.breaker.watch():
                 yield endpoint
-            endpoint.probe_s = _FIRST_PROBE_S
-            endpoint.trouble = ""
+            endpoint.probe_s = 0.0
+            endpoint.failure = None
         except Retriable as error:
-            endpoint.trouble = str(error)
-            endpoint.not_before = time.monotonic() + error.retry_after_s
+            endpoint.failure = error
+            # Not all of its clients at the same moment.
+            endpoint.not_before = time.monotonic() + error.retry_after_s * _JITTER.uniform(1.0, 1.1)
             raise
         finally:
             endpoint.requests -= 1
@@ -115,11 +121,10 @@ class EndpointPool:
                 if endpoint.breaker.allow():
                     return endpoint
             if now >= deadline:
-                message = f"no search server was free in time. {self.trouble()}".strip()
-                raise RetrievalError(message, kind=FailureKind.UNAVAILABLE)
-            pauses = [e.not_before for e in self.endpoints if e.not_before > now]
+                raise self.too_late()
+            until = min([deadline, *(e.not_before for e in self.endpoints if e.not_before > now)])
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min([deadline, *pauses]) - now):
+                async with asyncio.timeout(until - now):
                     await self._changed.wait()
 
     def _wake(self) -> None:
@@ -131,12 +136,16 @@ class EndpointPool:
         """Ask for the endpoint's health until it answers."""
         while endpoint.breaker.state is BreakerState.OPEN:
             await asyncio.sleep(endpoint.probe_s * _JITTER.uniform(0.5, 1.0))
-            endpoint.probe_s = min(2 * endpoint.probe_s, _LONGEST_PROBE_S)
+            endpoint.probe_s = min(max(2 * endpoint.probe_s, _FIRST_PROBE_S), _LONGEST_PROBE_S)
             try:
                 async with asyncio.timeout(_HEALTH_TIMEOUT_S):
                     response = await self._http.get(f"{endpoint.base}/health")
             except (TimeoutError, httpx.HTTPError) as error:
-                endpoint.trouble = f"{endpoint.base} does not answer: {type(error).__name__}: {error}"
+                late = isinstance(error, TimeoutError | httpx.TimeoutException)
+                endpoint.failure = Retriable(
+                    f"{endpoint.base}/health does not answer: {type(error).__name__}: {error}",
+                    FailureKind.TIMEOUT if late else FailureKind.UNAVAILABLE,
+                )
                 continue
             if response.status_code < 500:
                 endpoint.breaker.heal()

@@ -40,6 +40,8 @@ MAX_ANSWER_BYTES = 64 << 20
 MAX_RETRY_AFTER_S = 30.0
 """A server that asks for a longer pause is asked again after this one."""
 
+_SHORTEST_RETRY_AFTER_S = 0.1  # for it costs no retry budget
+
 _SECRET_HEADERS = ("authorization", "proxy-authorization", "x-api-key", "x-subscription-token")
 _JITTER = random.Random()  # its own: retries must not advance a seeded global generator
 
@@ -369,4 +371,4 @@ def _retry_after_s(headers: httpx.Headers) -> float:
             seconds = parsedate_to_datetime(value).timestamp() - now
     except (ValueError, OverflowError):
         return 0.0
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER_S)
+    return min(max(seconds, _SHORTEST_RETRY_AFTER_S), MAX_RETRY_AFTER_S) if seconds > 0.0 else 0.0
