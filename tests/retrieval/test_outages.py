@@ -297,10 +297,11 @@ def test_each_search_has_its_own_deadline() -> None:
         async with servers(1) as (hung,):
             hung.seconds = -1.0
             retriever, started = HttpRetriever([hung.url], deadline_s=0.6), time.monotonic()
-            early = asyncio.create_task(ask(retriever, ["early"]))
+            under_way = [asyncio.create_task(ask(retriever, ["q"], top_k)) for top_k in range(1, 5)]
+            early = asyncio.create_task(ask(retriever, ["early"], 5))
             await asyncio.sleep(0.3)
-            late = asyncio.create_task(ask(retriever, ["late"]))
-            await early
+            late = asyncio.create_task(ask(retriever, ["late"], 5))  # waits together with the early one
+            await asyncio.wait([*under_way, early])
             assert 0.5 < time.monotonic() - started < 0.8
             await late
             assert 0.8 < time.monotonic() - started < 1.3
@@ -314,9 +315,11 @@ def test_a_server_that_always_fails_gets_few_requests_and_leaves_the_work_to_ano
     async def scenario() -> None:
         async with servers(2) as (broken, good):
             broken.status = 500  # at once: it always is the less loaded
-            retriever = HttpRetriever([broken.url, good.url])
+            good.seconds = 0.25
+            retriever = HttpRetriever([broken.url, good.url], max_concurrency=600)
             assert_right(await ask(retriever, MANY), MANY)
             assert len(broken.posts) < 10
+            assert good.most_open == 4  # for all the work, too
             await retriever.aclose()
 
             retriever = HttpRetriever([broken.url], deadline_s=2.0, max_concurrency=600)

@@ -108,14 +108,16 @@ class HttpRetriever:
             if session.is_closed:
                 raise _closed()
             waiter = _Waiter(query, top_k, session.loop.create_future(), deadline)
+            if not session.queue:  # else it has been asked for, or a sender will do it when it ends
+                # Not at once: all episodes that ask in this turn of the loop travel together.
+                session.loop.call_soon(self._dispatch, session)
             session.queue.append(waiter)
-            # Not at once: all episodes that ask in this turn of the loop travel together.
-            session.loop.call_soon(self._dispatch, session)
+            # Costs half of asyncio.timeout, and every search of an episode pays for it.
+            timer = session.loop.call_later(deadline - time.monotonic(), _expire, session, waiter)
             try:
-                async with asyncio.timeout(deadline - time.monotonic()):
-                    return await waiter.future
-            except TimeoutError as error:
-                raise session.pool.too_late() from error
+                return await waiter.future
+            finally:
+                timer.cancel()
 
     async def fingerprint(self) -> str | None:
         """Return which index the servers hold, by ``GET /health``; None if they do not tell.
@@ -263,6 +265,10 @@ class HttpRetriever:
         for waiter, documents in zip(waiting, results, strict=True):
             if not waiter.future.done():
                 waiter.future.set_result(documents)
+
+
+def _expire(session: _Session, waiter: _Waiter) -> None:
+    _fail([waiter], session.pool.too_late())
 
 
 def _named_index(response: httpx.Response) -> str | None:

@@ -217,12 +217,15 @@ class ConcurrencyLimit:
         if self._loop is not asyncio.get_running_loop():  # an earlier loop died with what waited in it
             self._loop, self._semaphore = asyncio.get_running_loop(), asyncio.Semaphore(self._max_concurrency)
         semaphore = self._semaphore
-        try:
-            async with asyncio.timeout(max(deadline - time.monotonic(), 0.0)):
-                await semaphore.acquire()
-        except TimeoutError as error:
-            message = f"{self._max_concurrency} searches were under way until this one's deadline"
-            raise RetrievalError(message, kind=FailureKind.TIMEOUT) from error
+        if semaphore.locked():
+            try:
+                async with asyncio.timeout(max(deadline - time.monotonic(), 0.0)):
+                    await semaphore.acquire()
+            except TimeoutError as error:
+                message = f"{self._max_concurrency} searches were under way until this one's deadline"
+                raise RetrievalError(message, kind=FailureKind.TIMEOUT) from error
+        else:
+            await semaphore.acquire()  # at once
         try:
             yield
         finally:

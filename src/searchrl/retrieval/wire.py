@@ -184,6 +184,8 @@ def _document(item: object) -> Document:
 
 
 def _encodable(text: str) -> str:
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:
