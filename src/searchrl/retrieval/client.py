@@ -28,7 +28,7 @@ from searchrl.retrieval.transport import (
     with_retries,
 )
 from searchrl.retrieval.types import FailureKind, RetrievalError
-from searchrl.retrieval.wire import parse_answer, query_problem
+from searchrl.retrieval.wire import INDEX_HEADER, TIMEOUT_HEADER, TOKEN_VARIABLE, parse_answer, query_problem
 from searchrl.trajectory import Document
 
 _MAX_QUERIES = 64
@@ -249,7 +249,7 @@ class HttpRetriever:
         headers = {
             "Content-Type": "application/json",
             "Accept-Encoding": "identity",
-            "X-Searchrl-Timeout-Ms": str(max(int(timeout_s * 1000), 1)),
+            TIMEOUT_HEADER: str(max(int(timeout_s * 1000), 1)),
             **self._headers,
         }
         request = session.http.build_request("POST", url, content=body.encode(), headers=headers)
@@ -258,7 +258,7 @@ class HttpRetriever:
         except RetrievalError as error:
             if error.kind is not FailureKind.UNAUTHORIZED:
                 raise
-            message = f"{error}; set SEARCHRL_RETRIEVAL_TOKEN to the token that the server was given"
+            message = f"{error}; set {TOKEN_VARIABLE} to the token that the server was given"
             raise RetrievalError(message, kind=error.kind) from error
         self._index.check_answer(response.headers, url)
         results = parse_answer(response.content, num_queries=len(waiting), top_k=top_k)
@@ -277,9 +277,7 @@ def _named_index(response: httpx.Response) -> str | None:
         record = response.json()
     except (ValueError, RecursionError):
         record = None
-    name = response.headers.get("x-searchrl-index") or (
-        record.get("index") if isinstance(record, dict) else None
-    )
+    name = response.headers.get(INDEX_HEADER) or (record.get("index") if isinstance(record, dict) else None)
     return name if isinstance(name, str) and name else None
 
 

@@ -14,6 +14,7 @@ import httpx
 
 from searchrl.retrieval.transport import BreakerState, CircuitBreaker, Retriable
 from searchrl.retrieval.types import FailureKind, RetrievalError
+from searchrl.retrieval.wire import INDEX_HEADER
 
 MAX_REQUESTS = 4
 """Requests under way at one server; 256 single ones would be slower, httpx's pool takes quadratic time."""
@@ -165,7 +166,7 @@ class IndexGuard:
 
     def check_answer(self, headers: httpx.Headers, where: str) -> None:
         """Raise `RetrievalError` (wrong_index) unless the answer comes from the expected index."""
-        found = headers.get("x-searchrl-index") or None
+        found = headers.get(INDEX_HEADER) or None
         if found is not None or self._is_told:
             self._is_told = True
             self.check(found, where)
