@@ -14,8 +14,8 @@ from retrieval.clients import post, samples
 from searchrl import __version__
 from searchrl.retrieval import app as app_module
 from searchrl.retrieval.app import Service, create_app
-from searchrl.retrieval.build import load_index
 from searchrl.retrieval.corpus import Corpus
+from searchrl.retrieval.loading import load_index
 from searchrl.retrieval.types import Hit, Index
 from searchrl.retrieval.wire import (
     INDEX_HEADER,

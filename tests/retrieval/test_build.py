@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from searchrl.config import IndexKind
-from searchrl.retrieval.build import IndexMismatchError, build_index, load_index, read_manifest
+from searchrl.retrieval.build import build_index
 from searchrl.retrieval.corpus import Corpus, CorpusError
 from searchrl.retrieval.encoder import EncoderFamily, weights_fingerprint
+from searchrl.retrieval.loading import load_index
+from searchrl.retrieval.manifest import BuildError, IndexMismatchError, read_manifest
 
 
 def small_corpus(folder: Path, texts: list[str]) -> Path:
@@ -127,12 +129,15 @@ def test_folders_that_are_no_index(tmp_path: Path, corpus_path: Path, encoder_pa
         load_index(tmp_path / "missing", corpus)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter").write_text("years of work")
-    with pytest.raises(ValueError, match="holds no index: choose another directory"):
+    with pytest.raises(BuildError, match="holds no index: choose another directory"):
         build_index(corpus_path, tmp_path / "thesis", kind=IndexKind.bm25)
     assert (tmp_path / "thesis/chapter").read_text() == "years of work"
     (tmp_path / "old").mkdir()
-    (tmp_path / "old/manifest.json").write_text("{}")
+    (tmp_path / "old/manifest.json").write_text("[]")
     with pytest.raises(IndexMismatchError, match="cannot be read"):
+        load_index(tmp_path / "old", corpus)
+    (tmp_path / "old/manifest.json").write_text('{"format": 1}')
+    with pytest.raises(IndexMismatchError, match="has format 1, this version reads 2: build it anew"):
         load_index(tmp_path / "old", corpus)
     with pytest.raises(ValueError, match="encoder_path is needed"):
         build_index(corpus_path, tmp_path / "x", kind=IndexKind.dense)

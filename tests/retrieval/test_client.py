@@ -19,9 +19,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from searchrl.retrieval.app import Service, create_app
-from searchrl.retrieval.build import load_index
 from searchrl.retrieval.client import HttpRetriever
 from searchrl.retrieval.corpus import Corpus
+from searchrl.retrieval.loading import load_index
 from searchrl.retrieval.meter import RetrievalMeter
 from searchrl.retrieval.none import NoRetriever
 from searchrl.retrieval.transport import MAX_ANSWER_BYTES

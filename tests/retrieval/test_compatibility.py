@@ -22,9 +22,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from searchrl.retrieval.app import Service, create_app
-from searchrl.retrieval.build import load_index
 from searchrl.retrieval.client import HttpRetriever
 from searchrl.retrieval.corpus import Corpus
+from searchrl.retrieval.loading import load_index
 from searchrl.retrieval.types import FailureKind, RetrievalError
 from searchrl.trajectory import Document
 

@@ -20,8 +20,8 @@ import uvicorn
 
 from retrieval.processes import MODULE, environment, serving
 from searchrl.retrieval.app import Service, create_app
-from searchrl.retrieval.build import load_index
 from searchrl.retrieval.corpus import Corpus
+from searchrl.retrieval.loading import load_index
 from searchrl.retrieval.server import ServerError, _arguments, bind, main
 from searchrl.retrieval.wire import TOKEN_VARIABLE
 

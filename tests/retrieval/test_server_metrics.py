@@ -9,8 +9,8 @@ from starlette.types import ASGIApp
 from retrieval.clients import post, samples
 from searchrl import __version__
 from searchrl.retrieval.app import Service, create_app
-from searchrl.retrieval.build import load_index
 from searchrl.retrieval.corpus import Corpus
+from searchrl.retrieval.loading import load_index
 
 
 def test_metrics_count_what_was_done_and_applications_share_none(

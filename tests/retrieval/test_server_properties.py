@@ -16,9 +16,10 @@ from starlette.types import ASGIApp
 
 from searchrl.config import IndexKind
 from searchrl.retrieval.app import Service, create_app
-from searchrl.retrieval.build import build_index, load_index
+from searchrl.retrieval.build import build_index
 from searchrl.retrieval.corpus import Corpus
 from searchrl.retrieval.encoder import EncoderFamily
+from searchrl.retrieval.loading import load_index
 
 pytestmark = pytest.mark.integration
 

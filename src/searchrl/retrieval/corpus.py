@@ -22,7 +22,8 @@ import numpy.typing as npt
 from searchrl.errors import SearchrlError
 
 _CHUNK = 1 << 24
-_GZIP_MAGIC = b"\x1f\x8b"
+GZIP_MAGIC = b"\x1f\x8b"
+"""First bytes of a gzip file."""
 
 
 class CorpusError(SearchrlError, ValueError):
@@ -59,9 +60,10 @@ class Corpus:
         if self.path.stat().st_size == 0:
             raise CorpusError(f"{self.path} is empty")
         with self.path.open("rb") as file:
-            if file.read(2) == _GZIP_MAGIC:
+            if file.read(2) == GZIP_MAGIC:
                 raise CorpusError(
-                    f"{self.path} is gzip-compressed, which cannot be memory-mapped: gunzip it first"
+                    f"{self.path} is gzip-compressed, which cannot be memory-mapped: gunzip it first, or "
+                    "give the file that `searchrl index build` unpacked beside it"
                 )
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._offsets, self._stamp = _load_or_scan(self.path)
@@ -124,6 +126,7 @@ def _load_or_scan(path: Path) -> tuple[npt.NDArray[np.uint64], _Stamp]:
         temporary.replace(offsets_path)
         temporary.write_text(json.dumps(asdict(stamp)))
         temporary.replace(stamp_path)
+        offsets = np.load(offsets_path, mmap_mode="r")  # 8 bytes a passage that need not be held
     except OSError:
         pass  # a read-only folder: offsets stay in memory, the next start scans again
     return offsets, stamp

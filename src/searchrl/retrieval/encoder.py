@@ -7,6 +7,7 @@ are batched, because one long text pads its whole batch.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -79,22 +80,30 @@ SPECS: dict[EncoderFamily, EncoderSpec] = {
 
 
 class Encoder:
-    """A sentence encoder on the CPU in fp32.
+    """A sentence encoder in fp32.
 
     ``path`` is a folder that `transformers.AutoModel` and `AutoTokenizer` can load; nothing is downloaded.
-    With ``threads`` above 1 that many batches run at once, each on one core: on busy cores this wastes less
-    than one batch over all of them, whose threads wait for one another after every operation.
+    With ``threads`` above 1 that many batches run at once on the CPU, each on one core: on busy cores this
+    wastes less than one batch over all of them, whose threads wait for one another after every operation.
+    ``device`` is a torch device; a GPU takes one batch after the other.
     Raises `FileNotFoundError` if the folder has no ``config.json``.
     """
 
     def __init__(
-        self, path: str | Path, family: EncoderFamily, *, batch_size: int = 32, threads: int = 1
+        self,
+        path: str | Path,
+        family: EncoderFamily,
+        *,
+        batch_size: int = 32,
+        threads: int = 1,
+        device: str = "cpu",
     ) -> None:
         self.path = Path(path)
         self.family = family
         self.spec = SPECS[family]
+        self.device = device
         self._batch_size = batch_size
-        self._threads = threads
+        self._threads = threads if device == "cpu" else 1
         if not (self.path / "config.json").is_file():
             raise FileNotFoundError(f"{self.path} is no Hugging Face model folder: it has no config.json")
         import torch
@@ -107,6 +116,7 @@ class Encoder:
         self._model: Any = AutoModel.from_pretrained(
             self.path, local_files_only=True, dtype=torch.float32
         ).eval()
+        self._model.to(device)
         if bars:
             transformers_logging.enable_progress_bar()
         limit = getattr(self._model.config, "max_position_embeddings", self.spec.max_length)
@@ -160,8 +170,10 @@ class Encoder:
 
         longest = max(map(len, token_ids))
         pad = self._tokenizer.pad_token_id or 0
-        ids = torch.tensor([row + [pad] * (longest - len(row)) for row in token_ids])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in token_ids])
+        ids = torch.tensor([row + [pad] * (longest - len(row)) for row in token_ids]).to(self.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in token_ids]).to(
+            self.device
+        )
         with torch.inference_mode():
             states = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
             if self.spec.pooling is Pooling.CLS:
@@ -171,8 +183,19 @@ class Encoder:
                 pooled = (states * weights).sum(1) / weights.sum(1)
             if self.spec.normalize:
                 pooled = torch.nn.functional.normalize(pooled, dim=-1)
-        result: npt.NDArray[np.float32] = pooled.numpy()
+        result: npt.NDArray[np.float32] = pooled.cpu().numpy()
         return result
+
+
+def encoder_dim(path: str | Path) -> int:
+    """Length of the vectors of the encoder in ``path``, without loading it.
+
+    Raises `FileNotFoundError` if the folder has no ``config.json``.
+    """
+    config = Path(path) / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"{path} is no Hugging Face model folder: it has no config.json")
+    return int(json.loads(config.read_text())["hidden_size"])
 
 
 def weights_fingerprint(path: str | Path) -> str:

@@ -180,8 +180,9 @@ def _leave(code: int, reason: str) -> None:
 
 def _load(args: argparse.Namespace) -> Service:
     """Open corpus and index, and search once: the first search loads what is loaded lazily."""
-    from searchrl.retrieval.build import load_index, read_manifest
     from searchrl.retrieval.corpus import Corpus
+    from searchrl.retrieval.loading import load_index
+    from searchrl.retrieval.manifest import read_manifest
 
     corpus = Corpus(args.corpus)
     options: dict[str, Any] = {"devices": tuple(args.device)} if args.device else {}
