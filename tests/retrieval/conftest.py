@@ -84,8 +84,9 @@ def corpus_path(tmp_path_factory: pytest.TempPathFactory, contents: list[str]) -
 
 @pytest.fixture(scope="session")
 def encoder_path(tmp_path_factory: pytest.TempPathFactory, contents: list[str]) -> Path:
-    """A BERT with random weights and a vocabulary of the corpus's characters and words."""
-    return make_encoder(tmp_path_factory.mktemp("encoder"), contents, seed=0)
+    """A BERT with random weights and a vocabulary of the words of corpus and prefixes."""
+    prefixes = "query : passage represent this sentence for searching relevant passages"
+    return make_encoder(tmp_path_factory.mktemp("encoder"), [*contents, prefixes], seed=0)
 
 
 def make_encoder(folder: Path, texts: list[str], *, seed: int) -> Path:
@@ -142,3 +143,19 @@ def running(app: ASGIApp) -> Iterator[str]:
     yield f"http://127.0.0.1:{port}"
     server.should_exit = True
     thread.join(10)
+
+
+@pytest.fixture(scope="session")
+def clustered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A flat index of 4,000 vectors of 64 numbers around 200 centres, as texts on 200 subjects would be."""
+    import numpy as np
+
+    from searchrl.retrieval.dense_build import write_flat
+
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(200, 64))
+    vectors = centres[rng.integers(200, size=4000)] + 0.8 * rng.normal(size=(4000, 64))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    path = tmp_path_factory.mktemp("clustered") / "flat.faiss"
+    write_flat(path, vectors.astype(np.float32))
+    return path

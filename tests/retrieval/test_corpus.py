@@ -3,6 +3,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -93,3 +95,32 @@ def test_a_row_outside_is_an_index_error(corpus_path: Path) -> None:
     for row in (-1, 50):
         with pytest.raises(IndexError, match="50 passages"):
             corpus.raw(row)
+
+
+@pytest.mark.integration
+def test_a_large_corpus_opens_at_once_and_stays_on_the_disk(tmp_path: Path) -> None:
+    """3 million lines: offsets of 24 MB. Opening again reads the side files' few bytes."""
+    path = tmp_path / "c.jsonl"
+    with path.open("w") as file:
+        for start in range(0, 3_000_000, 100_000):
+            file.writelines(f'{{"id": "{i}", "contents": "x"}}\n' for i in range(start, start + 100_000))
+    program = (
+        "import re, sys, time; from pathlib import Path; from searchrl.retrieval.corpus import Corpus\n"
+        "def anonymous():\n"
+        "    status = Path('/proc/self/status').read_text()\n"
+        "    return int(re.search(r'RssAnon:\\s+(\\d+)', status)[1]) / 1024\n"
+        "before, started = anonymous(), time.monotonic()\n"
+        "corpus = Corpus(sys.argv[1])\n"
+        "seconds = time.monotonic() - started\n"
+        "assert all(corpus[row].id == str(row) for row in range(0, len(corpus), 1000))\n"
+        "print(len(corpus), seconds, anonymous() - before)"
+    )
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    for first in (True, False):
+        command = [sys.executable, "-c", program, str(path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        rows, seconds, megabytes = map(float, done.stdout.split())
+        assert rows == 3_000_000
+        # The first start keeps some of what its scan allocated; the offsets themselves are no part of it.
+        assert megabytes < (20 if first else 3)
+        assert first or seconds < 1

@@ -5,8 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from searchrl.retrieval.dense import DenseIndex, write_flat
-from searchrl.retrieval.encoder import SPECS, Encoder, EncoderFamily, TextKind, weights_fingerprint
+from searchrl.retrieval.dense import DenseIndex, FaissVectors
+from searchrl.retrieval.dense_build import write_flat
+from searchrl.retrieval.encoder import (
+    SPECS,
+    Encoder,
+    EncoderFamily,
+    TextKind,
+    encoder_dim,
+    weights_fingerprint,
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +43,39 @@ def test_vectors_equal_a_plain_computation_one_text_at_a_time(
     np.testing.assert_allclose(vectors, np.array(expected), atol=1e-5)
 
 
-def test_prefixes_tell_queries_from_passages() -> None:
-    assert SPECS[EncoderFamily.E5].prefix(TextKind.QUERY) == "query: "
-    assert SPECS[EncoderFamily.E5].prefix(TextKind.PASSAGE) == "passage: "
-    assert SPECS[EncoderFamily.BGE].prefix(TextKind.QUERY).startswith("Represent this sentence")
-    assert SPECS[EncoderFamily.BGE].prefix(TextKind.PASSAGE) == ""
+BGE_INSTRUCTION = "Represent this sentence for searching relevant passages: "
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "prefix"),
+    [
+        (EncoderFamily.E5, TextKind.QUERY, "query: "),
+        (EncoderFamily.E5, TextKind.PASSAGE, "passage: "),
+        (EncoderFamily.BGE, TextKind.QUERY, BGE_INSTRUCTION),
+        (EncoderFamily.BGE, TextKind.PASSAGE, ""),
+        (EncoderFamily.MINILM, TextKind.QUERY, ""),
+        (EncoderFamily.MINILM, TextKind.PASSAGE, ""),
+    ],
+)
+def test_prefix_and_pooling_of_a_family(
+    encoder_path: Path, family: EncoderFamily, kind: TextKind, prefix: str
+) -> None:
+    """A batch of a long and a short text: a pooling that counts padding, or a wrong prefix, would show."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    texts = ["Paris", "the capital of France lies on the Seine"]
+    tokenizer = AutoTokenizer.from_pretrained(encoder_path)
+    model = AutoModel.from_pretrained(encoder_path).eval()
+    expected = []
+    for text in texts:
+        with torch.no_grad():
+            states = model(**tokenizer(prefix + text, return_tensors="pt")).last_hidden_state[0].numpy()
+        vector = states[0] if family is EncoderFamily.BGE else sum(states) / len(states)
+        expected.append(vector / np.sqrt((vector**2).sum()))
+    vectors = Encoder(encoder_path, family).encode(texts, kind)
+    np.testing.assert_allclose(vectors, np.array(expected), atol=1e-5)
+    assert encoder_dim(encoder_path) == vectors.shape[1] == 32
 
 
 def test_threads_and_batches_change_nothing(
@@ -66,7 +102,7 @@ def test_search_is_exact_with_ties_by_row(tmp_path: Path, encoder: Encoder, cont
     vectors = encoder.encode(texts, TextKind.PASSAGE)
     vectors[[9, 51]] = vectors[0]
     write_flat(tmp_path / "index", vectors)
-    index = DenseIndex(tmp_path / "index", encoder)
+    index = DenseIndex(FaissVectors(tmp_path / "index"), encoder)
     assert index.size == 52
     queries = [contents[8], "capital of France", "the highest mountain"]
     scores = encoder.encode(queries, TextKind.QUERY) @ vectors.T
@@ -79,7 +115,7 @@ def test_search_is_exact_with_ties_by_row(tmp_path: Path, encoder: Encoder, cont
 
 def test_batched_equals_single(tmp_path: Path, encoder: Encoder, contents: list[str]) -> None:
     write_flat(tmp_path / "index", encoder.encode(contents, TextKind.PASSAGE))
-    index = DenseIndex(tmp_path / "index", encoder)
+    index = DenseIndex(FaissVectors(tmp_path / "index"), encoder)
     batched = index.search(contents, 3)
     for hits, query in zip(batched, contents, strict=True):
         single = index.search([query], 3)[0]
@@ -89,7 +125,7 @@ def test_batched_equals_single(tmp_path: Path, encoder: Encoder, contents: list[
 
 def test_more_than_there_is(tmp_path: Path, encoder: Encoder, contents: list[str]) -> None:
     write_flat(tmp_path / "index", encoder.encode(contents[:4], TextKind.PASSAGE))
-    index = DenseIndex(tmp_path / "index", encoder)
+    index = DenseIndex(FaissVectors(tmp_path / "index"), encoder)
     assert sorted(hit.row for hit in index.search(["Paris"], 100)[0]) == [0, 1, 2, 3]
     assert index.search([], 3) == []
 
@@ -97,12 +133,14 @@ def test_more_than_there_is(tmp_path: Path, encoder: Encoder, contents: list[str
 def test_another_dimension_is_refused(tmp_path: Path, encoder: Encoder) -> None:
     write_flat(tmp_path / "index", np.ones((3, 8), dtype=np.float32))
     with pytest.raises(ValueError, match=r"vectors of 8 numbers, the encoder makes 32"):
-        DenseIndex(tmp_path / "index", encoder)
+        DenseIndex(FaissVectors(tmp_path / "index"), encoder)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         Encoder(tmp_path, EncoderFamily.E5)
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        encoder_dim(tmp_path)
 
 
 def test_the_fingerprint_follows_the_weights(tmp_path: Path, encoder_path: Path) -> None:

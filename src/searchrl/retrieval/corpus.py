@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from searchrl.errors import SearchrlError
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 22
 GZIP_MAGIC = b"\x1f\x8b"
 """First bytes of a gzip file."""
 
@@ -135,19 +135,24 @@ def _load_or_scan(path: Path) -> tuple[npt.NDArray[np.uint64], _Stamp]:
 def _scan(path: Path) -> tuple[npt.NDArray[np.uint64], str]:
     """Read the file once; return where its lines start (and its end), and its SHA-256."""
     digest = hashlib.sha256()
-    ends = [np.zeros(1, dtype=np.uint64)]
-    position = 0
-    last = b""
+    offsets = np.zeros(1 << 16, dtype=np.uint64)
+    lines, position, last = 0, 0, b""
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             newlines = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n"))
-            ends.append((newlines + (position + 1)).astype(np.uint64))
+            if lines + len(newlines) + 2 > len(offsets):
+                offsets.resize(
+                    len(offsets) * 5 // 4 + len(newlines) + 2, refcheck=False
+                )  # in place if it is large
+            offsets[lines + 1 : lines + 1 + len(newlines)] = newlines + (position + 1)
+            lines += len(newlines)
             position += len(chunk)
             last = chunk[-1:]
     if last != b"\n":
-        ends.append(np.array([position], dtype=np.uint64))
-    offsets = np.concatenate(ends)
+        lines += 1
+        offsets[lines] = position
+    offsets = offsets[: lines + 1]
     blank = np.flatnonzero(np.diff(offsets) <= 1)
     if len(blank):
         raise CorpusError(f"{path}, line {int(blank[0]) + 1}: blank line; every line must hold a passage")

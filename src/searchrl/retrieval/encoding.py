@@ -152,7 +152,7 @@ class _Pool:
     def _receive(self, connection: Connection, pending: deque[int], on_rows: Callable[[int], None]) -> None:
         try:
             kind, value = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise self._died(connection) from None
         match kind:
             case "rows":
@@ -204,7 +204,7 @@ def _work(connection: Connection, job: EncodeJob, device: str, threads: int) -> 
         while (shard := connection.recv()) is not None:
             job.encode(shard, corpus, encoder, lambda rows: connection.send(("rows", rows)))
             connection.send(("finished", shard))
-    except (EOFError, BrokenPipeError):
+    except (EOFError, ConnectionError):  # the parent is gone
         return
     except SearchrlError as error:
         connection.send(("raised", error))

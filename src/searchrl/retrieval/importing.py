@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +39,8 @@ _PROBES = 16
 _PROBE_SEED = 0
 _SAME = 0.99
 """Least cosine of two vectors of the same text: apart are fp16 and texts that were cut elsewhere."""
+_ROUNDING = 1e-3
+"""What a cosine must be larger by to count."""
 _WINDOW = 64
 """Rows before and after a probe in which its vector is looked for."""
 
@@ -202,56 +203,51 @@ def _check_rows(start: FlatHeader, rows: int | None, corpus: Corpus, encoder_pat
         )
 
 
-class _Treatment(NamedTuple):
-    """A way to treat texts before and after the same model."""
-
-    family: EncoderFamily
-    kind: TextKind
-
-
 def _probe(stored: RowStore, corpus: Corpus, encoder_path: Path, family: EncoderFamily) -> None:
     """Encode some passages anew; raise `IndexMismatchError` unless they give the stored vectors."""
     rows = np.sort(np.random.default_rng(_PROBE_SEED).permutation(stored.rows)[:_PROBES])
     texts = [corpus[int(row)].contents for row in rows]
     held = stored.vectors(rows)
-
-    def made(treatment: _Treatment) -> npt.NDArray[np.float32]:
-        return Encoder(encoder_path, treatment.family).encode(texts, treatment.kind)
-
-    expected = made(_Treatment(family, TextKind.PASSAGE))
-    agreement = _agreement(held, expected)
-    lengths = np.linalg.norm(held, axis=1)
-    if agreement >= _SAME:
-        if np.abs(lengths - np.linalg.norm(expected, axis=1)).max() > 1 - _SAME:
-            raise IndexMismatchError(
-                f"the parts' vectors have lengths of {lengths.min():.3g} to {lengths.max():.3g} where the "
-                "encoder makes 1: inner products would not rank them by angle"
-            )
-        return
-    found = f"{_PROBES} passages encoded by {encoder_path} as {family} give other vectors than the parts hold"
-    others = [
-        _Treatment(other, kind) for other in EncoderFamily for kind in (TextKind.PASSAGE, TextKind.QUERY)
-    ]
-    for other in others:
-        if _agreement(held, made(other)) >= _SAME:
-            raise IndexMismatchError(
-                f"{found} (median cosine {agreement:.3f}); they agree with how {other.family} treats a "
-                f"{other.kind}: "
-                + (
-                    f"give --encoder-family {other.family}"
-                    if other.kind is TextKind.PASSAGE
-                    else "they lack the passages' prefix, and searching them as they should be would be wrong"
-                )
-            )
-    shift = _shift(stored, rows, expected)
-    raise IndexMismatchError(
-        f"{found} (median cosine {agreement:.3f}): "
-        + (
-            "they were made by another encoder, or from another corpus"
-            if shift is None
-            else f"the vector of a passage lies {abs(shift)} rows {'after' if shift > 0 else 'before'} it, "
-            "so the corpus is in another order, or the parts are"
+    made = {
+        (other, kind): Encoder(encoder_path, other).encode(texts, kind)
+        for other in EncoderFamily
+        for kind in (TextKind.PASSAGE, TextKind.QUERY)
+    }
+    agreement = {treatment: _agreement(held, vectors) for treatment, vectors in made.items()}
+    expected = (family, TextKind.PASSAGE)
+    best_family, best_kind = best = max(agreement, key=lambda treatment: agreement[treatment])
+    found = (
+        f"{len(rows)} passages encoded by {encoder_path} as {family} give other vectors than the parts hold "
+        f"(median cosine {agreement[expected]:.4f})"
+    )
+    if agreement[best] < _SAME:
+        raise IndexMismatchError(f"{found}: {_reason(_shift(stored, rows, made[expected]))}")
+    # Families that share a model's weights may differ by a prefix alone, and their vectors by very little.
+    if agreement[best] > agreement[expected] + _ROUNDING:
+        remedy = (
+            f"give --encoder-family {best_family}"
+            if best_kind is TextKind.PASSAGE
+            else "they lack the passages' prefix, so queries would be compared with queries"
         )
+        raise IndexMismatchError(
+            f"{found}; they agree with how {best_family} treats a {best_kind} ({agreement[best]:.4f}): "
+            f"{remedy}"
+        )
+    lengths = np.linalg.norm(held, axis=1)
+    if np.abs(lengths - np.linalg.norm(made[expected], axis=1)).max() > 1 - _SAME:
+        raise IndexMismatchError(
+            f"the parts' vectors have lengths of {lengths.min():.3g} to {lengths.max():.3g} where the "
+            "encoder makes 1: inner products would not rank them by angle"
+        )
+
+
+def _reason(shift: int | None) -> str:
+    if shift is None:
+        return "they were made by another encoder, or from another corpus"
+    place = "after" if shift > 0 else "before"
+    return (
+        f"the vector of a passage lies {abs(shift)} rows {place} it, so the corpus is in another order, or "
+        "the parts are"
     )
 
 

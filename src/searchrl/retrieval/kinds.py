@@ -198,21 +198,29 @@ def cost(kind: DenseKind, *, rows: int) -> Cost:
     """Compute what ``kind`` costs, from the code sizes that FAISS states."""
     library = faiss()
     dim = kind.dim
-    index = configured_index(kind.factory, dim, {})
-    fixed = 0
-    if isinstance(index, library.IndexPreTransform):
-        fixed, index = 4 * dim * dim, library.downcast_index(index.index)
+    whole = configured_index(kind.factory, dim, {})  # it owns the index inside
+    index, fixed = whole, 0
+    if isinstance(whole, library.IndexPreTransform):
+        fixed, index = 4 * dim * dim, library.downcast_index(whole.index)
     if isinstance(index, library.IndexIVF):
         each = index.code_size + 8
         fixed += 4 * dim * index.nlist
     elif isinstance(index, library.IndexHNSW):
         # 64 links at the bottom, 32 on each level above, where a 32nd is; a level and an offset.
-        each = library.downcast_index(index.storage).sa_code_size() + 4 * (64 + 32 / 31) + 4 + 8
+        each = _code_size(library.downcast_index(index.storage)) + 4 * (64 + 32 / 31) + 4 + 8
     else:
-        each = index.sa_code_size()
+        each = _code_size(index)
     held = round(each * rows) + fixed
     store = 0
     if kind.store is not None:
         store = configured_index(kind.store, dim, {}).sa_code_size() * rows
     building = kind.sample * dim * 4 + (0 if is_streamed(kind.factory) else held)
     return Cost(index=held, store=store, building=building)
+
+
+def _code_size(index: Any) -> int:
+    """Bytes of a vector; of an exotic index that does not say, those of the vector itself."""
+    try:
+        return int(index.sa_code_size())
+    except RuntimeError:
+        return 4 * int(index.d)
