@@ -97,6 +97,18 @@ def test_two_builds_give_the_same_bytes(tmp_path: Path, contents: list[str]) -> 
     assert all((tmp_path / "1" / n).read_bytes() == (tmp_path / "2" / n).read_bytes() for n in names)
 
 
+def test_the_size_of_a_chunk_changes_nothing(
+    tmp_path: Path, contents: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    write_bm25(tmp_path / "one", iter(contents), on_rows=seen.append)
+    monkeypatch.setattr("searchrl.retrieval.bm25._CHUNK", 7)
+    write_bm25(tmp_path / "many", iter(contents), on_rows=seen.append)
+    assert seen == [50, *[7] * 7, 1]
+    for file in (tmp_path / "one").iterdir():
+        assert (tmp_path / "many" / file.name).read_bytes() == file.read_bytes()
+
+
 def test_numba_is_not_imported(bm25_directory: Path) -> None:
     program = (
         "import sys; from searchrl.retrieval.bm25 import Bm25Index\n"

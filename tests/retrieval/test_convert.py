@@ -10,7 +10,8 @@ from searchrl.config import IndexKind
 from searchrl.retrieval.build import build_index
 from searchrl.retrieval.convert import convert_index
 from searchrl.retrieval.corpus import Corpus
-from searchrl.retrieval.loading import DeviceError, load_index, open_vectors
+from searchrl.retrieval.devices import DeviceError
+from searchrl.retrieval.loading import load_index, open_vectors
 from searchrl.retrieval.manifest import BuildError, IndexMismatchError, Manifest, read_manifest
 
 
@@ -89,9 +90,10 @@ def test_an_index_of_the_first_format_is_built_anew(
 @pytest.mark.parametrize(
     ("name", "devices", "reason"),
     [
-        ("flat", ["cpu", "cuda:0"], r"are not the CPU alone, nor GPUs alone: \[cuda:0, cuda:1\]"),
-        ("flat", ["gpu"], "are not the CPU alone"),
-        ("flat", [], "are not the CPU alone"),
+        ("flat", ["cpu", "cuda:0"], r"\[cpu, cuda:0\] are neither the CPU alone nor GPUs alone: write cpu"),
+        ("flat", ["cuda:0", "cuda:0"], "are neither the CPU alone"),
+        ("flat", ["gpu"], "are neither the CPU alone"),
+        ("flat", [], "are neither the CPU alone"),
         (
             "pq_fastscan+flat",
             ["cuda:0"],

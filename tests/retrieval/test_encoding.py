@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 
 from searchrl.config import IndexKind
-from searchrl.retrieval.build import build_index, workspace
+from searchrl.retrieval.build import build_index
 from searchrl.retrieval.corpus import Corpus, CorpusError
 from searchrl.retrieval.dense_build import require_space
 from searchrl.retrieval.encoder import Encoder, EncoderFamily, TextKind
 from searchrl.retrieval.encoding import SHARD_ROWS
 from searchrl.retrieval.flatfile import RowStore
 from searchrl.retrieval.manifest import BuildError, Manifest
+from searchrl.retrieval.workspace import workspace
 
 ROWS = 3 * SHARD_ROWS + 7
 
@@ -122,16 +123,23 @@ def test_processes_and_a_killed_worker_change_nothing(
 
 
 @pytest.mark.integration
-def test_a_worker_tells_what_is_wrong_with_the_corpus(
-    tmp_path: Path, large: Path, encoder_path: Path
+def test_a_worker_that_fails_tells_why(tmp_path: Path, corpus_path: Path, encoder_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"(?s)a worker on cuda:99 failed; 0 of 1 shards .* CUDA"):
+        build_index(
+            corpus_path, tmp_path / "i", kind=IndexKind.dense, encoder_path=encoder_path, devices=["cuda:99"]
+        )
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_a_malformed_line_is_found_before_anything_is_encoded(
+    tmp_path: Path, encoder_path: Path, contents: list[str]
 ) -> None:
-    lines = large.read_text().splitlines()[: 2 * SHARD_ROWS]
+    lines = [json.dumps({"id": str(row), "contents": contents[row % 50]}) for row in range(2 * SHARD_ROWS)]
     lines[SHARD_ROWS + 5] = '{"id": "x"}'
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text("\n".join(lines))
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
     with pytest.raises(CorpusError, match=f"line {SHARD_ROWS + 6}: needs the strings"):
-        build(broken, tmp_path / "i", encoder_path, processes=2)
-    assert not (tmp_path / "i").exists()
+        build(tmp_path / "c.jsonl", tmp_path / "i", encoder_path, processes=2)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
 def test_vectors_are_those_of_the_encoder(

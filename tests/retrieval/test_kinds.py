@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from searchrl.retrieval.dense import FaissVectors
-from searchrl.retrieval.dense_build import write_dense
+from searchrl.retrieval.dense_build import write_dense, write_flat
 from searchrl.retrieval.flatfile import RowStore, faiss
 from searchrl.retrieval.kinds import RECIPES, cost, is_streamed, resolve_kind
 from searchrl.retrieval.manifest import DENSE, STORE, BuildError
@@ -124,6 +124,17 @@ def test_missing_results_are_no_documents(clustered: Path, tmp_path: Path) -> No
     found = index.search(queries(clustered, 10), 1000)
     assert all(0 < len(hits) < 1000 for hits in found)
     assert all(hit.row >= 0 for hits in found for hit in hits)
+
+
+def test_vectors_that_rounding_confuses_do_not_depend_on_batches(tmp_path: Path) -> None:
+    """A matrix product rounds otherwise than a scan does: among near-equals the best three would differ."""
+    rng = np.random.default_rng(0)
+    subjects = rng.normal(size=(20, 1, 64)).astype(np.float32)
+    vectors = (subjects + rng.normal(size=(20, 12, 64)).astype(np.float32) * 1e-6).reshape(240, 64)
+    write_flat(tmp_path / "flat", vectors)
+    index = FaissVectors(tmp_path / "flat")
+    asked = subjects[:, 0]
+    assert index.search(asked, 3) == [index.search(one[None], 3)[0] for one in asked]
 
 
 def test_search_parameters_come_from_the_name(clustered: Path, tmp_path: Path) -> None:

@@ -6,24 +6,20 @@ in there outlive a failure or a kill; the next build of the same index goes on f
 
 from __future__ import annotations
 
-import fcntl
-import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from searchrl.config import IndexKind
 from searchrl.retrieval.bm25 import K1, STEMMER, STOPWORDS, B, write_bm25
 from searchrl.retrieval.corpus import Corpus
 from searchrl.retrieval.dense_build import dense_bytes, require_space, write_dense
+from searchrl.retrieval.devices import gpu_numbers
 from searchrl.retrieval.encoder import EncoderFamily, encoder_dim
 from searchrl.retrieval.encoding import SHARD_ROWS, EncodeJob, encode_corpus
 from searchrl.retrieval.kinds import DenseKind, resolve_kind
 from searchrl.retrieval.manifest import (
     BM25,
     FORMAT,
-    BuildError,
     DenseRecord,
     EncoderRecord,
     IndexMismatchError,
@@ -40,6 +36,7 @@ from searchrl.retrieval.manifest import (
 from searchrl.retrieval.progress import progress as show_progress
 from searchrl.retrieval.progress import say
 from searchrl.retrieval.unpack import unpacked
+from searchrl.retrieval.workspace import workspace
 
 METRIC = "inner_product"
 
@@ -65,12 +62,14 @@ def build_index(
     terminal. Memory is bounded for the dense part (`kinds.Cost.building`); BM25 takes about 0.6 kB a passage.
 
     Raises:
-        CorpusError: a malformed passage; the message names its line. BuildError: an unknown kind, no space on
-        the disk, a dead worker, or a target that holds something else.
+        CorpusError: a malformed passage; the message names its line.
+        BuildError: an unknown kind, no space on the disk, a dead worker, a target that holds something else.
+        DeviceError: devices that are no such thing.
     """
     directory = Path(directory).absolute()
     if (kind is not IndexKind.bm25) != (encoder_path is not None):
         raise ValueError(f"encoder_path is needed for dense and hybrid indexes only; kind is {kind}")
+    gpu_numbers(devices)
     corpus = Corpus(unpacked(Path(corpus_path)))
     record, wanted = None, None
     if encoder_path is not None:
@@ -93,69 +92,36 @@ def build_index(
                 batch_size=batch_size,
                 vectors=work / "vectors.faiss",
             )
-            _encode(job, wanted, devices, processes, progress)
+            _encode(job, corpus, wanted, devices, processes, progress)
             write_dense(job.vectors, wanted, finished, progress=progress)
         if kind is not IndexKind.dense:
-            with show_progress("BM25", len(corpus), enabled=progress) as on_rows:
-                write_bm25(
-                    finished / BM25, (corpus[row].contents for row in range(len(corpus))), on_rows=on_rows
-                )
+            _write_bm25(corpus, finished / BM25, progress)
         manifest = describe(finished, corpus, kind, record, wanted)
         manifest.write(finished)
         put_in_place(finished, directory)
     return manifest
 
 
-@contextmanager
-def workspace(directory: Path, key: Mapping[str, object]) -> Iterator[Path]:
-    """Yield the folder ``.NAME.partial`` beside ``directory``, for one process at a time.
-
-    What an earlier attempt with the same ``key`` finished is still there, except the folder ``index``, which
-    is made anew. After success the folder is deleted; after a failure it stays if anything was finished,
-    which the body tells by a file that ends in ``.shards`` or ``.parts``. A file ``moved`` says that it holds
-    the only copy of something, which is never deleted.
-    """
-    work = directory.with_name(f".{directory.name}.partial")
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BuildError(f"another process is making {directory}: wait for it, or end it") from None
-        _start(work, key)
-        try:
-            yield work
-        except BaseException:
-            shutil.rmtree(work / "index", ignore_errors=True)
-            if not any(path.suffix in (".shards", ".parts") for path in work.iterdir()):
-                shutil.rmtree(work)
-            raise
-        shutil.rmtree(work)
+def _write_bm25(corpus: Corpus, folder: Path, progress: bool) -> None:
+    texts = (corpus[row].contents for row in range(len(corpus)))
+    with show_progress("BM25", len(corpus), enabled=progress) as on_rows:
+        write_bm25(folder, texts, on_rows=on_rows)
 
 
-def _start(work: Path, key: Mapping[str, object]) -> None:
-    """Empty the folder of what does not belong to ``key``."""
-    note = work / "key.json"
-    if note.exists() and json.loads(note.read_text() or "null") != key:
-        if (work / "moved").exists():
-            raise BuildError(
-                f"{work} holds index parts that another `searchrl index import --move` put there: run that "
-                "again, or move them to where you want them"
-            )
-        say(f"discarding what another build left in {work}")
-        for path in work.iterdir():
-            if path.is_file() and path.name != "lock":
-                path.unlink()
-    note.write_text(json.dumps(key))
-    shutil.rmtree(work / "index", ignore_errors=True)
-
-
-def _encode(job: EncodeJob, kind: DenseKind, devices: Sequence[str], processes: int, progress: bool) -> None:
+def _encode(
+    job: EncodeJob, corpus: Corpus, kind: DenseKind, devices: Sequence[str], processes: int, progress: bool
+) -> None:
     """Bring the vectors to the disk."""
     held = job.vectors.stat().st_blocks * 512 if job.vectors.exists() else 0  # it has holes until it is full
     vectors = max(0, 4 * job.rows * job.dim - held)
     needed = vectors + dense_bytes(kind, rows=job.rows, linked=True)
     require_space(job.vectors.parent, needed, f"encoding {job.rows:,} passages for {kind.name}")
+    if not job.finished():
+        # A malformed line far down would be found hours later, and mending it makes this another corpus.
+        with show_progress("check passages", job.rows, enabled=progress) as on_rows:
+            for row in range(job.rows):
+                corpus[row]
+                on_rows(1)
     done = min(job.rows, len(job.finished()) * SHARD_ROWS)
     if done:
         say(f"going on after {done:,} passages that an earlier build encoded")

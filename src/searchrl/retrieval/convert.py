@@ -7,7 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from searchrl.retrieval.build import dense_record, workspace
+from searchrl.retrieval.build import dense_record
 from searchrl.retrieval.dense_build import dense_bytes, link, require_space, write_dense
 from searchrl.retrieval.kinds import resolve_kind
 from searchrl.retrieval.manifest import (
@@ -25,6 +25,7 @@ from searchrl.retrieval.manifest import (
     read_manifest,
     record_files,
 )
+from searchrl.retrieval.workspace import workspace
 
 
 def flat_vectors(directory: Path) -> tuple[Manifest, Path]:

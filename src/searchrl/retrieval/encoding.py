@@ -19,7 +19,6 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from searchrl.errors import SearchrlError
 from searchrl.retrieval.corpus import Corpus
 from searchrl.retrieval.encoder import Encoder, EncoderFamily, TextKind
 from searchrl.retrieval.flatfile import faiss, header
@@ -103,7 +102,7 @@ def encode_corpus(
 
     On the CPU ``processes`` share the cores; 1 stays in this process. Each GPU gets a process of its own.
     ``on_rows`` is called with the passages encoded since its last call. Raises `BuildError` when a worker
-    dies, and what a worker raises about the corpus; finished shards stay.
+    fails or dies; finished shards stay.
     """
     job.allocate()
     finished = job.finished()
@@ -160,8 +159,6 @@ class _Pool:
             case "finished":
                 self._job.finish(value)
                 self._hand_out(connection, pending)
-            case "raised":
-                raise value
             case _:
                 place = self._workers[connection][1]
                 raise BuildError(f"a worker on {place} failed; {self._kept()}:\n{value}")
@@ -206,7 +203,5 @@ def _work(connection: Connection, job: EncodeJob, device: str, threads: int) -> 
             connection.send(("finished", shard))
     except (EOFError, ConnectionError):  # the parent is gone
         return
-    except SearchrlError as error:
-        connection.send(("raised", error))
     except Exception:
         connection.send(("failed", traceback.format_exc()))

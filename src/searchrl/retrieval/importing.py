@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from searchrl.config import IndexKind
-from searchrl.retrieval.build import describe, workspace
+from searchrl.retrieval.build import describe
 from searchrl.retrieval.corpus import Corpus
 from searchrl.retrieval.dense_build import link, require_space
 from searchrl.retrieval.encoder import Encoder, EncoderFamily, TextKind, encoder_dim
@@ -33,6 +33,7 @@ from searchrl.retrieval.manifest import (
 )
 from searchrl.retrieval.progress import progress as show_progress
 from searchrl.retrieval.unpack import unpacked
+from searchrl.retrieval.workspace import workspace
 
 _CHUNK = 1 << 24
 _PROBES = 16

@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from searchrl.errors import SearchrlError
 from searchrl.retrieval.bm25 import Bm25Index
 from searchrl.retrieval.corpus import Corpus
 from searchrl.retrieval.dense import DenseIndex, FaissVectors, VectorIndex
+from searchrl.retrieval.devices import DeviceError, gpu_numbers
 from searchrl.retrieval.encoder import Encoder, EncoderFamily, weights_fingerprint
 from searchrl.retrieval.flatfile import faiss
 from searchrl.retrieval.hybrid import HybridIndex
@@ -29,10 +29,6 @@ from searchrl.retrieval.types import Index
 
 _FAISS_GPU = re.compile(r"IVF\d+,(Flat|SQ8|SQfp16|PQ\d+(np)?)")
 """What FAISS can search on GPUs, beside the exact kinds."""
-
-
-class DeviceError(SearchrlError, ValueError):
-    """An index cannot be searched on the devices that were asked for."""
 
 
 def load_index(
@@ -78,12 +74,10 @@ def load_index(
 
 def open_vectors(directory: Path, dense: DenseRecord, devices: Sequence[str]) -> VectorIndex:
     """Open the dense part of an index; see `load_index`."""
+    gpus = gpu_numbers(devices)
     store = None if dense.store is None else directory / STORE
-    if list(devices) == ["cpu"]:
+    if not gpus:
         return FaissVectors(directory / DENSE, store=store, search=dense.search)
-    numbers = [re.fullmatch(r"cuda:(\d+)", device) for device in devices]
-    if not numbers or None in numbers:
-        raise DeviceError(f"devices {list(devices)} are not the CPU alone, nor GPUs alone: [cuda:0, cuda:1]")
     if store is None and dense.factory in ("Flat", "SQfp16"):
         return TorchVectors(directory / DENSE, devices=devices)
     remedy = "choose devices [cpu], or a flat or fp16 index, which need no FAISS on the GPU"
@@ -94,7 +88,6 @@ def open_vectors(directory: Path, dense: DenseRecord, devices: Sequence[str]) ->
             f"{dense.index} on GPUs needs the package faiss-gpu in the place of faiss-cpu, and a GPU: "
             f"install it, or {remedy}"
         )
-    gpus = [int(number[1]) for number in numbers if number is not None]
     return FaissVectors(directory / DENSE, search=dense.search, gpus=gpus)
 
 
