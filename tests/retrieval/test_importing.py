@@ -127,6 +127,7 @@ def test_wrong_expectations_are_refused(tmp_path: Path, whole: bytes, take: Impo
         take(parts, rows=21_015_324)
     with pytest.raises(IndexMismatchError, match=r"have SHA-256 [0-9a-f]{64} together, not abc: fetch them"):
         take(parts, sha256="abc")
+    assert left(tmp_path) == ["part_aa", "part_ab"], "fetched again, they are joined again"
     with pytest.raises(IndexMismatchError, match=r"no such part: .*part_ax"):
         take([parts[0], tmp_path / "part_ax"])
     (tmp_path / "out").mkdir()
@@ -207,6 +208,8 @@ def test_moved_parts_are_never_lost(
 
     with pytest.raises(BuildError, match="holds index parts that another `searchrl index import --move`"):
         build_index(corpus_path, tmp_path / "out", kind=IndexKind.bm25)
+    with pytest.raises(IndexMismatchError, match=r"the first is now at .*joined\.faiss"):
+        take(parts, move=True, sha256="abc")
     assert take(parts, move=True).rows == 50
     assert left(tmp_path) == ["out"]
 

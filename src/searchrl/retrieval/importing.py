@@ -65,9 +65,9 @@ def import_index(
     same call. ``sha256`` is that of the whole file, ``rows`` the number of vectors it should have.
 
     Raises:
-        IndexMismatchError: the parts are not such a file, or not of this corpus and encoder; says what
-        differs. BuildError: no space, or ``directory`` holds something. CorpusError: the corpus cannot be
-        read.
+        IndexMismatchError: the parts are no such file, or not of this corpus and encoder; says what differs.
+        BuildError: no space, or ``directory`` holds something.
+        CorpusError: the corpus cannot be read.
     """
     directory = Path(directory).absolute()
     if is_index(directory):
@@ -80,9 +80,10 @@ def import_index(
         _check_rows(start, rows, corpus, encoder_path)
         digest = joined.join(start, move=move, progress=progress)
         if sha256 is not None and digest != sha256.lower():
+            joined.forget()
             raise IndexMismatchError(
                 f"the parts have SHA-256 {digest} together, not {sha256}: fetch them again, or give "
-                "them in their order"
+                "them in their order" + (f"; the first is now at {joined.path}" if move else "")
             )
         _probe(RowStore(joined.path), corpus, encoder_path, encoder_family)
         finished = work / "index"
@@ -157,6 +158,12 @@ class _Joined:
         self._digest = digest.hexdigest()
         self._write_note()
         return self._digest
+
+    def forget(self) -> None:
+        """Drop the joined file, which is of no use, unless it is the only copy."""
+        if not self._moved.exists():
+            self.path.unlink()
+            self._note.unlink()
 
     def _take_first(self) -> None:
         self._moved.touch()  # before the rename: from then on this folder holds the only copy
