@@ -38,17 +38,19 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _lines(label: str, total: int, before: int) -> Callable[[int], None]:
-    done, started = before, time.monotonic()
-    said = started
+def _lines(label: str, total: int, done: int) -> Callable[[int], None]:
+    first: tuple[int, float] | None = None
+    said = 0.0
 
     def advance(items: int) -> None:
-        nonlocal done, said
+        nonlocal done, first, said
         done += items
         now = time.monotonic()
-        if now - said >= PLAIN_PROGRESS_S:
+        if first is None:  # the speed counts from here: before it, models were loaded
+            first, said = (done, now), now
+        elif now - said >= PLAIN_PROGRESS_S:
             said = now
-            speed = (done - before) / (now - started)
+            speed = (done - first[0]) / (now - first[1])
             left = _duration((total - done) / speed)
             say(f"{label}: {done:,} of {total:,} ({done / total:.0%}), {speed:,.0f}/s, {left} left")
 
