@@ -280,21 +280,24 @@ def test_an_address_that_cannot_be_had_is_a_typed_error() -> None:
         assert listener.getsockname()[1] > 0
 
 
-def test_devices_come_as_a_list_or_repeated() -> None:
+def test_devices_come_as_a_list() -> None:
     flags = ["--index", "i", "--corpus", "c"]
-    assert _arguments(flags).device is None
-    assert _arguments([*flags, "--device", "cuda:0, cuda:1", "--device", "cpu"]).device == [
-        "cuda:0",
-        "cuda:1",
-        "cpu",
-    ]
-    assert _arguments(flags).device is None
+    assert _arguments(flags).devices == ("cpu",)
+    assert _arguments([*flags, "--devices", "cuda:0,cuda:1"]).devices == ("cuda:0", "cuda:1")
+
+
+def test_devices_that_are_none_end_the_start_with_a_reason(
+    bm25_directory: Path, corpus_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--index", str(bm25_directory), "--corpus", str(corpus_path), "--devices", "gpu"])
+    assert ended.value.code == 2
+    assert "devices [gpu] are neither the CPU alone nor GPUs alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flag", "value", "reason"),
     [
-        ("--device", "cuda:0,", "expected names such as cuda:0,cuda:1, got 'cuda:0,'"),
         ("--port", "65536", "expected a whole number from 0 to 65535, got '65536'"),
         ("--max-batch", "0", "expected a whole number from 1"),
         ("--max-queue", "many", "expected a whole number from 1"),

@@ -51,15 +51,14 @@ class EmbeddedServer:
         *,
         log_path: str | Path,
         encoder_path: Path | None = None,
-        devices: Sequence[str] | None = None,
+        devices: Sequence[str] = ("cpu",),
         shuffle_seed: int | None = None,
-        startup_timeout_s: float = 120.0,
+        startup_timeout_s: float = 600.0,
     ) -> None:
         self._arguments = ["--index", str(index), "--corpus", str(corpus), "--exit-with-parent"]
+        self._arguments += ["--devices", ",".join(devices)]
         if encoder_path is not None:
             self._arguments += ["--encoder", str(encoder_path)]
-        if devices is not None:
-            self._arguments += ["--device", ",".join(devices)]
         if shuffle_seed is not None:
             self._arguments += ["--shuffle-seed", str(shuffle_seed)]
         self._log_path = Path(log_path)

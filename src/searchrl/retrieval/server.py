@@ -20,7 +20,6 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 # Before numpy, torch and faiss are imported: spinning OpenMP threads starve whatever shares the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -185,8 +184,7 @@ def _load(args: argparse.Namespace) -> Service:
     from searchrl.retrieval.manifest import read_manifest
 
     corpus = Corpus(args.corpus)
-    options: dict[str, Any] = {"devices": tuple(args.device)} if args.device else {}
-    index = load_index(args.index, corpus, encoder_path=args.encoder, **options)
+    index = load_index(args.index, corpus, encoder_path=args.encoder, devices=args.devices)
     index.search(["warm up"], 1)
     return Service(
         index=index,
@@ -238,10 +236,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, required=True, help="the JSONL file it was built from")
     parser.add_argument("--encoder", type=Path, help="encoder folder, if it has moved since the build")
     parser.add_argument(
-        "--device",
-        action="extend",
-        type=_devices,
-        help="where encoder and dense index compute: cpu (default), cuda:0, or several by commas",
+        "--devices",
+        type=lambda text: tuple(text.split(",")),
+        default=("cpu",),
+        help="where encoder and dense index compute: cpu (default), cuda:0, or several: cuda:0,cuda:1",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument(
@@ -275,13 +273,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ready-file", type=Path, help="gets {port, pid} as JSON once requests are served")
     parser.add_argument("--exit-with-parent", action="store_true", help="end when standard input closes")
     return parser.parse_args(argv)
-
-
-def _devices(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"expected names such as cuda:0,cuda:1, got {text!r}")
-    return names
 
 
 def _whole(lowest: int, highest: int = 10**8) -> Callable[[str], int]:
