@@ -30,7 +30,7 @@ from searchrl.retrieval.searxng import SearxngEngine
 from searchrl.retrieval.transport import RetryPolicy
 from searchrl.retrieval.types import FailureKind, RetrievalError, SearchStatus
 from searchrl.retrieval.web import RateLimit, WebRetriever, open_web_retriever, source_identity
-from searchrl.retrieval.web_engine import Engine
+from searchrl.retrieval.web_engine import Engine, WebResult, results_in
 from searchrl.trajectory import Document
 
 KEY = "k3y-that-must-not-be-seen"
@@ -550,3 +550,26 @@ def test_the_client_modules_are_short_and_light() -> None:
     environment = {"PYTHONPATH": str(folder.parents[1])}
     output = subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True)
     assert json.loads(output.stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "results"),
+    [
+        ("One line.", [WebResult("", "One line.", "One line.")]),
+        ('"Title"\nText\nmore', [WebResult("", "Title", "Text\nmore")]),
+        ("3", [WebResult("", "3", "3")]),
+        ("[1, 2]", [WebResult("", "[1, 2]", "[1, 2]")]),
+        ("[]", []),
+        ('{"results": []}', []),
+        ('{"title": "T", "link": "L", "snippet": "S"}', [WebResult("L", "T", "S")]),
+        ('{"results": [{"url": "L", "content": "C"}]}', [WebResult("L", "L", "C")]),
+        (
+            json.dumps([{"title": "A", "text": "a"}, {"x": 1}]),
+            [WebResult("", "A", "a"), WebResult("", "", "")],
+        ),
+        ("[" * 100_000, [WebResult("", "[" * 100_000, "[" * 100_000)]),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_what_the_text_of_an_mcp_tool_can_hold(text: str, results: list[WebResult]) -> None:
+    assert list(results_in(text)) == results

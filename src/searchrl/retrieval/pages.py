@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import contextlib
 import ipaddress
 import re
 import socket
@@ -108,8 +109,8 @@ class PageReader:
                     body, charset = await self._get(url, blocked)
                     return await asyncio.to_thread(_excerpt_of_page, body, charset, about)
         except TimeoutError as error:
-            raise PageError(f"{url} was not read in {PAGE_TIMEOUT_S:g} s") from error
-        # ValueError: host names and encodings that are none.
+            raise PageError(f"{url} was not read in time") from error
+        # ValueError: host names that are none.
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
             raise PageError(f"{url} cannot be read: {type(error).__name__}: {error}") from error
 
@@ -189,14 +190,12 @@ def decode(body: bytes, charset: str) -> str:
     """Return the text of a page in the encoding of its header, else its meta tag, else UTF-8."""
     declared = _META_CHARSET.search(body[:4096])
     label = charset or (declared[1].decode() if declared else "utf-8")
-    try:
-        codec = codecs.lookup(label).name
-        if codec in _SLOW_CODECS:
-            raise PageError(f"the page claims to be encoded as {codec}")
-        # The last character may be cut in two, and many pages hold a few broken ones.
-        return body.decode(codec, errors="replace")
-    except LookupError:  # unknown, or not of text
-        return body.decode(errors="replace")
+    # The last character may be cut in two, and many pages hold a few broken ones. Unknown encodings, those of
+    # no text and what is broken beyond replacement: read as if nothing were declared.
+    with contextlib.suppress(LookupError, ValueError):
+        if codecs.lookup(label).name not in _SLOW_CODECS:
+            return body.decode(label, errors="replace")
+    return body.decode(errors="replace")
 
 
 def paragraphs(html: str) -> list[str]:
