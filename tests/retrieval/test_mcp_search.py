@@ -21,7 +21,7 @@ from searchrl.retrieval.web import WebRetriever
 from searchrl.trajectory import Document
 
 TOKEN = "t0ken-that-must-not-be-seen"
-TWICE = RetryPolicy(timeout_s=0.8, deadline_s=1.2, first_pause_s=1.0, max_pause_s=2.0)
+TWICE = RetryPolicy(timeout_s=0.8, deadline_s=1.5, first_pause_s=1.0, max_pause_s=2.0)
 
 Serve = Callable[[ASGIApp], str]
 

@@ -35,7 +35,7 @@ from searchrl.trajectory import Document
 
 KEY = "k3y-that-must-not-be-seen"
 KINDS = ("google", "brave", "searxng")
-TWICE = RetryPolicy(timeout_s=0.4, deadline_s=0.7, first_pause_s=0.5, max_pause_s=1.0)
+TWICE = RetryPolicy(timeout_s=0.4, deadline_s=1.2, first_pause_s=0.8, max_pause_s=2.0)
 """Time for two attempts, then none for a third."""
 QUICK = RetryPolicy(timeout_s=0.4, deadline_s=1.5, first_pause_s=0.02, max_pause_s=0.05)
 

@@ -37,7 +37,8 @@ _FURNITURE = re.compile(
     "aside|button|footer|form|head|nav|noscript|script|select|style|svg|template|textarea|title"
 )
 _META_CHARSET = re.compile(rb"<meta[^>]{0,200}charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
-_SLOW_CODECS = ("idna", "punycode")  # quadratic; no page is written in them
+# Python's, not the web's; the first two take quadratic time.
+_ODD_CODECS = ("idna", "punycode", "raw-unicode-escape", "unicode-escape")
 _WORD = re.compile(r"\w+")
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufeff\ufffd]")
 
@@ -190,10 +191,10 @@ def decode(body: bytes, charset: str) -> str:
     """Return the text of a page in the encoding of its header, else its meta tag, else UTF-8."""
     declared = _META_CHARSET.search(body[:4096])
     label = charset or (declared[1].decode() if declared else "utf-8")
-    # The last character may be cut in two, and many pages hold a few broken ones. Unknown encodings, those of
-    # no text and what is broken beyond replacement: read as if nothing were declared.
+    # The last character may be cut in two, and many pages hold a few broken ones. An encoding that is unknown
+    # or not of text counts as undeclared.
     with contextlib.suppress(LookupError, ValueError):
-        if codecs.lookup(label).name not in _SLOW_CODECS:
+        if codecs.lookup(label).name not in _ODD_CODECS:
             return body.decode(label, errors="replace")
     return body.decode(errors="replace")
 

@@ -109,7 +109,7 @@ class WebRetriever:
             return await search
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if search.cancelled() and task is not None and not task.cancelling():
+            if task is not None and not task.cancelling():  # then `aclose` did it
                 raise _closed() from None
             raise
 
