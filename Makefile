@@ -53,9 +53,8 @@ format: setup  ## Rewrite files in the project's format
 check: lint test  ## Everything CI runs: lint, then all tests
 
 bench:  ## List the measurements and how to run them
-	@for file in $(wildcard benchmarks/*.py); do echo "  $(BIN)/python $$file"; done
-	@test -n "$(wildcard benchmarks/*.py)" || echo "no benchmarks in this checkout"
-	@test ! -f benchmarks/RESULTS.md || echo "results: benchmarks/RESULTS.md"
+	@for file in $(wildcard benchmarks/*/*.py); do echo "  $(BIN)/python $$file --help"; done
+	@echo "results: benchmarks/RESULTS.md"
 
 docs:  ## List the documentation
 	@for file in README.md CONTRIBUTING.md CHANGELOG.md $(wildcard docs/*.md); do \

@@ -22,10 +22,10 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("config", "trajectory", "distributed", "environment", "console", "data.errors", "data.packages"),
-    ("protocol", "data", "rewards", "algorithm", "batching", "metrics", "retrieval", "models", "validation"),
-    ("engine", "actor", "tools", "records"),
+    ("protocol", "data", "rewards", "algorithm", "batching", "metrics", "retrieval", "models"),
+    ("engine", "actor", "tools", "records", "validation"),
     ("rollout", "weight_sync", "checkpoint", "objective"),
-    ("evaluate", "warmstart"),
+    ("evaluate", "warmstart", "sources"),
     ("setup",),
     ("trainer",),
     ("cli", "doctor", "report"),

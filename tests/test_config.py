@@ -80,13 +80,26 @@ def test_every_experiment_composes(name: str) -> None:
 
 
 @pytest.mark.parametrize(("group", "option"), GROUPS)
-def test_every_option_of_every_group_composes(group: str, option: str) -> None:
-    more = ["retrieval.urls=[http://127.0.0.1:8000]"] if option == "http" else []
+def test_every_option_of_every_group_composes(
+    group: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERPER_API_KEY", "k")
+    monkeypatch.setenv("BRAVE_API_KEY", "k")
+    (tmp_path / "recording.sqlite").touch()
+    needed = {
+        "http": "retrieval.urls=[http://127.0.0.1:8000]",
+        "searxng": "retrieval.web.url=http://127.0.0.1:8080",
+        "mcp": "retrieval.web.url=http://127.0.0.1:8080/mcp",
+        "replay": f"retrieval.cache={tmp_path}/recording.sqlite",
+    }
+    more = [needed[option]] if option in needed else []
     cfg, _ = load_config(["+experiment=smoke", f"{group}={option}", *more])
     loaded = OmegaConf.load(CONF / group / f"{option}.yaml")
-    given = OmegaConf.to_container(OmegaConf.merge({"assets": "assets"}, loaded), resolve=True)
+    around = {"assets": "assets", "run_dir": "runs/smoke"}
+    given = OmegaConf.to_container(OmegaConf.merge(around, loaded), resolve=True)
     assert isinstance(given, dict)
-    given.pop("assets")
+    for name in around:
+        given.pop(name)
     assert given
     assert_holds(getattr(cfg, group), given)
 
@@ -225,6 +238,72 @@ RENORMALISE = "truncates the distribution that rollouts sample from, but the los
             ["retrieval.kind=http", "retrieval.urls=['127.0.0.1:8000']"],
             "retrieval.urls holds '127.0.0.1:8000', which is no http:// or https:// address",
         ),
+        (
+            ["retrieval.index=hybrid", "retrieval.dense_index=sq88"],
+            "retrieval.dense_index=sq88: there is no dense index called 'sq88'; did you mean 'sq8'? "
+            "(`searchrl index kinds` lists all; a FAISS description starts with a capital letter)",
+        ),
+        (
+            ["retrieval.index=dense", "retrieval.dense_index=sq8+fp8"],
+            "retrieval.dense_index=sq8+fp8: sq8+fp8: 'fp8' is no store; choose one of flat, fp16, sq8",
+        ),
+        (
+            ["retrieval.index_path=nowhere"],
+            "retrieval.index_path=nowhere holds no index (no manifest.json); make one with `searchrl index "
+            "build`, or leave it empty to have one built under assets",
+        ),
+        (
+            ["retrieval.devices=[gpu]"],
+            "retrieval.devices: devices [gpu] are neither the CPU alone nor GPUs alone: write cpu, or "
+            "cuda:0, cuda:1",
+        ),
+        (
+            ["retrieval.kind=google"],
+            "retrieval.kind=google needs a key in the environment variable SERPER_API_KEY",
+        ),
+        (
+            ["retrieval.kind=brave"],
+            "retrieval.kind=brave needs a key in the environment variable BRAVE_API_KEY",
+        ),
+        (
+            ["retrieval.kind=searxng"],
+            "retrieval.web.url='' is no http:// or https:// address, which retrieval.kind=searxng needs; for "
+            "example http://127.0.0.1:8080",
+        ),
+        (
+            ["retrieval.kind=mcp", "retrieval.web.url=http://h/mcp", "retrieval.web.tool=''"],
+            "retrieval.web.tool is not set; name the search tool of the MCP server",
+        ),
+        (
+            ["retrieval.kind=mcp", "retrieval.web.url=http://h/mcp", "retrieval.web.proxy=h:1"],
+            "retrieval.web.proxy='h:1' is no http:// or https:// address",
+        ),
+        (
+            ["retrieval.kind=mcp", "retrieval.web.url=http://h/mcp", "retrieval.web.requests_per_second=0"],
+            "retrieval.web.requests_per_second=0 must be above 0",
+        ),
+        (
+            ["retrieval.kind=mcp", "retrieval.web.url=http://h/mcp", "retrieval.web.max_requests=-1"],
+            "retrieval.web.max_requests=-1 must not be negative",
+        ),
+        (
+            ["retrieval.kind=replay"],
+            "retrieval.cache is not set; name the recording that retrieval=replay answers from",
+        ),
+        (
+            ["retrieval.kind=replay", "retrieval.cache=no.sqlite"],
+            "retrieval.cache=no.sqlite does not exist; record one by running the same with another retrieval "
+            "and retrieval.cache=FILE",
+        ),
+        (
+            ["retrieval.kind=none", "retrieval.cache=a.sqlite"],
+            "retrieval.cache=a.sqlite has nothing to record with retrieval=none; leave it empty",
+        ),
+        (
+            ["retrieval.kind=none", "retrieval.shuffle_documents=true"],
+            "retrieval.shuffle_documents=true shuffles the embedded corpus, which retrieval.kind=none does "
+            "not have; choose retrieval=shuffled, or set it to false",
+        ),
         (["seed=-1"], "seed=-1 must not be negative"),
         (["optimizer.lr=0"], "optimizer.lr=0 must be above 0"),
         (["optimizer.lr=-1e-6"], "optimizer.lr=-1e-06 must be above 0"),
@@ -275,7 +354,11 @@ RENORMALISE = "truncates the distribution that rollouts sample from, but the los
         ),
     ],
 )
-def test_one_problem_gives_one_line(overrides: list[str], problem: str) -> None:
+def test_one_problem_gives_one_line(
+    overrides: list[str], problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SERPER_API_KEY", raising=False)
+    monkeypatch.delenv("BRAVE_API_KEY", raising=False)
     changed = OmegaConf.merge(OmegaConf.structured(valid()), OmegaConf.from_dotlist(overrides))
     cfg = OmegaConf.to_object(changed)
     assert isinstance(cfg, Config)
@@ -318,6 +401,7 @@ def test_all_problems_are_reported_at_once() -> None:
         "episode.max_query_chars",
         "episode.max_consecutive_invalid",
         "episode.top_k",
+        "retrieval.max_concurrency",
         "batching.max_tokens",
         "batching.logprob_chunk",
         "sync.probe_sequences",
@@ -343,6 +427,7 @@ def test_counts_are_at_least_one(name: str) -> None:
         "sampling.temperature",
         "importance.truncate_at",
         "retrieval.timeout_s",
+        "retrieval.deadline_s",
         "episode.deadline_s",
         "sync.probe_max_abs_diff",
         "warmstart.lr",

@@ -11,10 +11,12 @@ import pytest
 
 from searchrl.cli import load_config
 from searchrl.config import ConfigError
+from searchrl.retrieval import index_cli, server
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SETTINGS = {"data.train", "data.eval", "retrieval.corpus"}
+FLAGS = {"index": index_cli.argument_parser, "serve": server.argument_parser}
 COMMANDS = [
     line.strip().partition("  #")[0]
     for line in README.splitlines()
@@ -40,6 +42,9 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_composes(command: str) -> None:
     words = shlex.split(command)
+    if words[1] in FLAGS:
+        FLAGS[words[1]]().parse_args(words[2:])
+        return
     overrides = [word for word in words if "=" in word]
     if "group_size=1" in overrides:  # shown as an example of a refused value
         with pytest.raises(ConfigError, match="group_size=1"):

@@ -188,6 +188,7 @@ def test_the_log_has_a_readable_line_per_trajectory(tmp_path: Path) -> None:
         "token_ids": [5, 5, 5],
         "logprobs": [-0.1235, -0.1235, -0.1235],
         "query": "rome",
+        "search": "ok",
         "documents": [
             {"id": "d2", "title": "Nile", "score": 1.0},
             {"id": "d1", "title": "Rome", "score": 2.1235},

@@ -42,10 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     worldfacts.add_argument("--out", type=Path, default=Path("assets/worldfacts"), help="folder to build")
     worldfacts.add_argument("--wheels", type=Path, default=Path("assets/wheels"), help="folder of packages")
     worldfacts.set_defaults(function=_data_worldfacts)
-    serve = commands.add_parser("serve", help="serve an index over HTTP", add_help=False)
-    serve.set_defaults(function=_serve)
+    for name, help_text, function in _RETRIEVAL_COMMANDS:
+        command = commands.add_parser(name, help=help_text, add_help=False)
+        command.set_defaults(function=function)
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command != "serve":
+    if rest and args.function not in (_serve, _index):
         parser.error(f"unrecognized arguments: {' '.join(rest)}; settings are written key=value")
     args.rest = rest
     args.function(args)
@@ -154,11 +155,10 @@ def _warmstart(args: argparse.Namespace) -> None:
 
 
 def _index(args: argparse.Namespace) -> None:
-    cfg, _ = load_config(args.overrides)
-    _prepare(cfg)
-    from searchrl.setup import build_retrieval_index
+    from searchrl.models import resolve_model
+    from searchrl.retrieval.index_cli import main as index
 
-    print(f"index: {build_retrieval_index(cfg)}")
+    index(args.rest, resolve_encoder=lambda name: Path(resolve_model(name, Path("assets"))))
 
 
 def _serve(args: argparse.Namespace) -> None:
@@ -201,9 +201,14 @@ _HYDRA_COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], None]]] = {
     "train": ("warm start if configured, GRPO, evaluation before and after", _train),
     "eval": ("evaluate checkpoint=FOLDER (or model.path) greedily on data.eval", _eval),
     "warmstart": ("make the warm-started model that train would start from", _warmstart),
-    "index": ("build the configured retrieval index (train does so on first use)", _index),
     "validate": ("compose and check a configuration without loading anything", _validate),
 }
+
+
+_RETRIEVAL_COMMANDS = (  # they take flags of their own, not Hydra's overrides
+    ("index", "build, import, convert and compare retrieval indexes", _index),
+    ("serve", "serve an index over HTTP", _serve),
+)
 
 
 def run() -> None:

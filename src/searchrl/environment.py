@@ -7,7 +7,16 @@ import os
 import time
 import warnings
 
-QUIET_LOGGERS = ("deepspeed", "DeepSpeed", "transformers", "vllm", "httpx", "torch.distributed")
+QUIET_LOGGERS = (
+    "deepspeed",
+    "DeepSpeed",
+    "transformers",
+    "vllm",
+    "httpx",
+    "httpx2",
+    "mcp",
+    "torch.distributed",
+)
 
 # vLLM and DeepSpeed call these by the names that torch is about to drop, some of them at every step.
 _DEPRECATED_NAMES = "reduce_op|all_gather_into_tensor|reduce_scatter_tensor"

@@ -96,6 +96,7 @@ def _turn_record(turn: Turn) -> dict[str, Any]:
         "token_ids": turn.token_ids,
         "logprobs": [round(value, 4) for value in turn.logprobs],
         "query": None if turn.call is None else turn.call.query,
+        "search": None if turn.result is None else turn.result.status,
         "documents": [
             {"id": document.id, "title": document.title, "score": round(document.score, 4)}
             for document in (turn.result.documents if turn.result is not None else ())

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from searchrl.actor import Actor, init_communication
-from searchrl.config import Config, ConfigError, IndexKind, RetrievalKind, RewardKind
+from searchrl.config import Config, ConfigError, RetrievalKind, RewardKind
 from searchrl.console import Console
 from searchrl.data.readers import read_examples
 from searchrl.data.sampler import fingerprint
-from searchrl.distributed import World, barrier, broadcast_object, init_world
+from searchrl.distributed import World, init_world
 from searchrl.engine import Engine
 from searchrl.models import resolve_model
 from searchrl.protocol import Protocol, load_tokenizer
-from searchrl.retrieval.client import HttpRetriever
-from searchrl.retrieval.embedded import EmbeddedServer
-from searchrl.retrieval.meter import MeteredRetriever, RetrievalMeter
-from searchrl.retrieval.none import NoRetriever
-from searchrl.retrieval.types import Retriever
+from searchrl.retrieval.meter import RetrievalMeter
 from searchrl.rollout import Rollout
+from searchrl.sources import open_retriever, source_settings
 from searchrl.tools import SearchTool
 from searchrl.trajectory import Example
 from searchrl.warmstart import WarmstartInputs, warmstart
-
-SHUFFLE_SEED = 1
-"""Which unrelated passages ``retrieval.shuffle_documents`` returns: the same in every run."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,10 +38,9 @@ class Environment:
     run_dir: Path
     tokenizer: Any
     protocol: Protocol
-    retriever: Retriever
-    meter: RetrievalMeter
-    """What its searches did."""
     tool: SearchTool
+    searches: RetrievalMeter
+    """What this rank's searches did since it was last asked."""
     train_examples: list[Example]
     eval_examples: list[Example]
 
@@ -74,9 +66,8 @@ def open_environment(cfg: Config) -> Iterator[Environment]:
     with ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
         tokenizer = load_tokenizer(resolve_model(cfg.checkpoint or cfg.model.path, Path(cfg.assets)))
-        meter = RetrievalMeter()
-        retriever = MeteredRetriever(stack.enter_context(open_retriever(cfg, world, console, meter)), meter)
-        stack.callback(lambda: runner.run(retriever.aclose()))
+        searches = RetrievalMeter()
+        retriever = stack.enter_context(open_retriever(cfg, world, console, runner, searches))
         yield Environment(
             cfg=cfg,
             world=world,
@@ -85,9 +76,8 @@ def open_environment(cfg: Config) -> Iterator[Environment]:
             run_dir=Path(cfg.run_dir),
             tokenizer=tokenizer,
             protocol=Protocol(tokenizer, cfg.episode),
-            retriever=retriever,
-            meter=meter,
             tool=SearchTool(retriever, top_k=cfg.episode.top_k),
+            searches=searches,
             train_examples=train_examples,
             eval_examples=eval_examples,
         )
@@ -136,12 +126,8 @@ def initial_policy(env: Environment) -> Path | str:
 
 
 def _warmstart_fingerprint(env: Environment) -> str:
-    """What decides a warm start's data; settings of how searches travel (timeouts) do not belong to it."""
-    retrieval = env.cfg.retrieval
-    source = [str(retrieval.kind), retrieval.corpus, *retrieval.urls]
-    if retrieval.kind is RetrievalKind.embedded:
-        source += [_index_name(env.cfg), retrieval.encoder_family]
-    return " ".join([env.cfg.model.path, fingerprint(env.train_examples), *source])
+    """What decides a warm start's data."""
+    return " ".join([env.cfg.model.path, fingerprint(env.train_examples), *source_settings(env.cfg)])
 
 
 def load_questions(cfg: Config) -> tuple[list[Example], list[Example]]:
@@ -176,80 +162,3 @@ def make_actor(run: Run) -> Actor:
         seed=cfg.seed,
         world=run.env.world,
     )
-
-
-@contextmanager
-def open_retriever(cfg: Config, world: World, console: Console, meter: RetrievalMeter) -> Iterator[Retriever]:
-    """The configured retriever. An embedded server is started by the main rank and shared by all."""
-    retrieval = cfg.retrieval
-
-    def http(urls: Sequence[str]) -> HttpRetriever:
-        return HttpRetriever(
-            urls,
-            timeout_s=retrieval.timeout_s,
-            deadline_s=retrieval.deadline_s,
-            max_concurrency=retrieval.max_concurrency,
-            meter=meter,
-        )
-
-    match retrieval.kind:
-        case RetrievalKind.none:
-            yield NoRetriever()
-        case RetrievalKind.http:
-            yield http(retrieval.urls)
-        case RetrievalKind.embedded:
-            with ExitStack() as stack:
-                url = stack.enter_context(_embedded_server(cfg, console)).url if world.is_main else ""
-                yield http([broadcast_object(url)])
-                barrier()  # the server stays until every rank has had its last answer
-
-
-def build_retrieval_index(cfg: Config) -> Path:
-    """The folder of the configured index, built now unless it is there.
-
-    Raises:
-        ConfigError: retrieval is not embedded, so there is nothing to index.
-    """
-    from searchrl.retrieval.build import build_index
-    from searchrl.retrieval.encoder import EncoderFamily
-
-    if cfg.retrieval.kind is not RetrievalKind.embedded:
-        raise ConfigError(
-            f"retrieval.kind={cfg.retrieval.kind} has no index here; choose retrieval=bm25 or hybrid"
-        )
-    corpus = Path(cfg.retrieval.corpus)
-    # Not beside the corpus: building a data set anew replaces its whole folder.
-    index = Path(cfg.assets) / "indexes" / f"{corpus.parent.name}-{_index_name(cfg)}"
-    build_index(
-        corpus,
-        index,
-        kind=cfg.retrieval.index,
-        encoder_path=_encoder(cfg),
-        encoder_family=EncoderFamily(cfg.retrieval.encoder_family),
-    )
-    return index
-
-
-def _embedded_server(cfg: Config, console: Console) -> EmbeddedServer:
-    console.say(f"retriever: {cfg.retrieval.index} index over {cfg.retrieval.corpus}")
-    return EmbeddedServer(
-        build_retrieval_index(cfg),
-        cfg.retrieval.corpus,
-        log_path=Path(cfg.run_dir) / "retriever.log",
-        encoder_path=_encoder(cfg),
-        shuffle_seed=SHUFFLE_SEED if cfg.retrieval.shuffle_documents else None,
-    )
-
-
-def _encoder(cfg: Config) -> Path | None:
-    """The sentence encoder's folder, if the index has one."""
-    if cfg.retrieval.index is IndexKind.bm25:
-        return None
-    return Path(resolve_model(cfg.retrieval.encoder, Path(cfg.assets)))
-
-
-def _index_name(cfg: Config) -> str:
-    """Folder name of the index: its kind and, if it has one, the encoder."""
-    if cfg.retrieval.index is IndexKind.bm25:
-        return str(IndexKind.bm25)
-    return f"{cfg.retrieval.index}-{hashlib.sha256(cfg.retrieval.encoder.encode()).hexdigest()[:8]}"

@@ -34,5 +34,5 @@ class SearchTool:
         try:
             documents = await self._retriever.search(call.query, self._top_k)
         except RetrievalError as error:
-            raise ToolError(str(error)) from error
+            raise ToolError(f"{error.status}: {error}") from error
         return ToolResult(documents=tuple(documents), seconds=time.perf_counter() - start)

@@ -10,7 +10,7 @@ from typing import Any
 from searchrl.actor import Actor, Reference, StepStats
 from searchrl.batching import balance, count_loss_tokens, pack
 from searchrl.checkpoint import Checkpoints
-from searchrl.config import Config, Device, RetrievalKind
+from searchrl.config import Config, Device
 from searchrl.data.sampler import Sampler
 from searchrl.distributed import gather_objects, reduce_values
 from searchrl.environment import matmul_gflops
@@ -29,6 +29,7 @@ from searchrl.evaluate import (
 from searchrl.metrics import Clock, MetricLog
 from searchrl.objective import PolicyObjective, to_samples
 from searchrl.records import rollout_tally, write_trajectories
+from searchrl.retrieval.meter import merge_stats
 from searchrl.rewards import ScoredGroup, score_group
 from searchrl.setup import Run, make_actor, open_run
 from searchrl.trajectory import Sample
@@ -95,6 +96,7 @@ def _rollout(run: Run, sampler: Sampler, step: int) -> list[ScoredGroup]:
     """This rank's groups of the step, scored."""
     cfg, world = run.env.cfg, run.env.world
     share = cfg.groups_per_step // world.size
+    run.env.searches.take()  # those of evaluations and of the warm start are not this step's
     with run.env.console.progress(f"step {step + 1} episodes", share * cfg.group_size) as advance:
         groups = run.env.runner.run(
             run.rollout.groups(
@@ -161,13 +163,7 @@ def _step_metrics(run: Run, scored: Sequence[ScoredGroup], samples: Sequence[Sam
     metrics["update/trained_tokens"] = reduce_values(
         [sum(len(sample.trajectory.token_ids) for sample in samples)], "sum"
     )[0]
-    if run.env.cfg.retrieval.kind is not RetrievalKind.none:
-        stats = run.env.meter.take()
-        metrics |= {
-            "retrieval/latency_p50": stats.quantile(0.5),
-            "retrieval/latency_p99": stats.quantile(0.99),
-            "retrieval/failed": float(stats.failed),
-        }
+    metrics |= merge_stats(gather_objects(run.env.searches.take())).metrics()
     return metrics
 
 

@@ -107,6 +107,17 @@ class Document:
         return self.contents.partition("\n")[2]
 
 
+class SearchStatus(StrEnum):
+    """How a search ended. Only the first two are results; the others are a ``RetrievalError``."""
+
+    OK = "ok"
+    EMPTY = "empty"
+    """The search worked and found nothing."""
+    ERROR = "error"
+    TIMEOUT = "timeout"
+    RATE_LIMITED = "rate_limited"
+
+
 @dataclass(kw_only=True, slots=True, frozen=True)
 class ToolCall:
     """A tool call parsed from sampled text."""
@@ -122,6 +133,11 @@ class ToolResult:
 
     documents: tuple[Document, ...]
     seconds: float
+
+    @property
+    def status(self) -> SearchStatus:
+        """``ok``, or ``empty`` if nothing was found."""
+        return SearchStatus.OK if self.documents else SearchStatus.EMPTY
 
 
 @dataclass(kw_only=True, slots=True)

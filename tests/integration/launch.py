@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,6 +93,13 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
         if text in line:
             return printed
     raise AssertionError(f"it ended without printing {text!r}:\n{printed}")
+
+
+def served_port(printed: str) -> str:
+    """The port that a search server said it serves on."""
+    found = re.search(r"serving on port (\d+)", printed)
+    assert found is not None, printed
+    return found[1]
 
 
 def child(pid: int, module: str) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from integration.launch import child, gone, python, read_until, run, started
+from integration.launch import child, gone, python, read_until, run, served_port, started
 
 pytestmark = pytest.mark.integration
 
@@ -134,21 +134,57 @@ def resumed(bench: Bench) -> Ended:
     return Ended(ended.code, ended.printed, server_gone=killed.server_gone)
 
 
-def killed_server(bench: Bench, name: str, at: str, *overrides: object) -> Ended:
-    """The search server is killed when the run has printed ``at``."""
+def signalled(bench: Bench, name: str, at: str, sent: signal.Signals, *overrides: object) -> Ended:
+    """The search server gets a signal when the run has printed ``at``."""
     with started(bench.command(name, *overrides), cwd=bench.folder, timeout_s=300) as process:
         printed = read_until(process, at)
-        os.kill(child(process.pid, SERVER), signal.SIGKILL)
+        os.kill(child(process.pid, SERVER), sent)
         start = time.monotonic()
         rest, _ = process.communicate()
     return Ended(process.returncode, printed + rest, seconds=time.monotonic() - start)
 
 
+IMPATIENT = ("retrieval.timeout_s=1", "retrieval.deadline_s=2")
+
+
 def continued(bench: Bench) -> Ended:
-    """The finished run with three more steps, of which at least the last has no search server."""
+    """The finished run with three more steps, of which at least the last has a server that hangs."""
     shutil.copytree(bench.at("finished"), bench.at("continued"))
-    overrides = ("steps=7", "resume=true", "retrieval.max_failed_fraction=1")
-    return killed_server(bench, "continued", "step 5/7", *overrides)
+    overrides = ("steps=7", "resume=true", "retrieval.max_failed_fraction=1", *IMPATIENT)
+    return signalled(bench, "continued", "step 5/7", signal.SIGSTOP, *overrides)
+
+
+def other_index(bench: Bench) -> Ended:
+    """A server elsewhere, replaced during the run by one over another corpus on the same port."""
+    folder = bench.folder / "other"
+    folder.mkdir()
+    passage = {"id": "0", "contents": '"Nowhere"\nNothing is known.'}
+    (folder / "corpus.jsonl").write_text(json.dumps(passage) + "\n", encoding="utf-8")
+    build = [
+        "index",
+        "build",
+        "--corpus",
+        folder / "corpus.jsonl",
+        "--out",
+        folder / "index",
+        "--kind",
+        "bm25",
+    ]
+    built = run(python("searchrl.cli", build), cwd=folder, timeout_s=120)
+    assert built.returncode == 0, built.stdout
+    served = ["--index", bench.folder / "assets" / "indexes" / "worldfacts-bm25"]
+    served += ["--corpus", bench.folder / "assets" / "worldfacts" / "corpus.jsonl"]
+    swapped = ["--index", folder / "index", "--corpus", folder / "corpus.jsonl"]
+    with started(python(SERVER, served), cwd=folder, timeout_s=300) as server:
+        port = served_port(read_until(server, "serving on port"))
+        urls = ("retrieval=http", f"retrieval.urls=[http://127.0.0.1:{port}]", "steps=50")
+        with started(bench.command("swapped", *urls), cwd=bench.folder, timeout_s=300) as process:
+            printed = read_until(process, "step 1/50")
+            server.kill()
+            server.wait()
+            with started(python(SERVER, [*swapped, "--port", port]), cwd=folder, timeout_s=300):
+                rest, _ = process.communicate()
+    return Ended(process.returncode, printed + rest)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +195,9 @@ def later(bench: Bench, finished: Ended) -> Iterator[dict[str, Future[Ended]]]:
     jobs: dict[str, Callable[[], Ended]] = {
         "resumed": lambda: resumed(bench),
         "continued": lambda: continued(bench),
-        "stopped": lambda: killed_server(bench, "stopped", "step 1/50", "steps=50"),
+        "survived": lambda: signalled(bench, "survived", "step 1/4", signal.SIGKILL, "steps=4"),
+        "stopped": lambda: signalled(bench, "stopped", "step 1/50", signal.SIGSTOP, "steps=50", *IMPATIENT),
+        "swapped": lambda: other_index(bench),
         "two ranks": lambda: bench.run("two", "steps=2", "saving={every: 0}", ranks=2),
         "eval": lambda: bench.run("judged", f"checkpoint={model}", mode="eval"),
         "none": lambda: bench.run(
@@ -171,14 +209,23 @@ def later(bench: Bench, finished: Ended) -> Iterator[dict[str, Future[Ended]]]:
 
 
 def same(records: list[dict[str, Any]], others: list[dict[str, Any]], tolerance: float) -> None:
-    """All metrics agree but for times and what depends on them."""
-    timed = ("time/", "retrieval/latency", "sync/seconds", "throughput/", "machine/", "sync/probe")
+    """All metrics agree but for times and what depends on them, such as how many searches travel together."""
+    timed = (
+        "time/",
+        "retrieval/latency",
+        "retrieval/requests",
+        "retrieval/retries",
+        "sync/seconds",
+        "throughput/",
+        "machine/",
+        "sync/probe",
+    )
     assert len(records) == len(others)
     for record, other in zip(records, others, strict=True):
-        assert record.keys() == other.keys()
-        for name in record:
-            if not name.startswith(timed):
-                assert record[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance), name
+        compared = [name for name in record if not name.startswith(timed)]
+        assert compared == [name for name in other if not name.startswith(timed)]
+        for name in compared:
+            assert record[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance), name
 
 
 def streams(record: dict[str, Any]) -> list[tuple[list[int], str]]:
@@ -284,7 +331,17 @@ def test_a_finished_run_goes_on_with_more_steps(bench: Bench, later: dict[str, F
     assert [record["step"] for record in bench.steps("continued")] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_what_a_dead_search_server_interrupts_is_void_and_never_scored(
+def test_a_killed_search_server_comes_back_and_costs_nothing_but_time(
+    bench: Bench, later: dict[str, Future[Ended]]
+) -> None:
+    ended = later["survived"].result()
+    assert ended.code == 0, ended.printed
+    log = (bench.at("survived") / "retriever.log").read_text(encoding="utf-8")
+    assert log.count("serving on port") == 2
+    same(bench.steps("survived"), bench.steps("finished"), tolerance=0.0)
+
+
+def test_what_a_hung_search_server_interrupts_is_void_and_never_scored(
     bench: Bench, later: dict[str, Future[Ended]]
 ) -> None:
     assert later["continued"].result().code == 0
@@ -294,8 +351,10 @@ def test_what_a_dead_search_server_interrupts_is_void_and_never_scored(
     for record in void:
         assert record["reward"] is None
         assert record["exact_match"] is None
-        assert "cannot be reached" in record["error"]
-    assert bench.steps("continued")[-1]["rollout/void"] == len(void) / len(records)
+        assert record["error"].startswith("timeout: ")
+    last = bench.steps("continued")[-1]
+    assert last["rollout/void"] == len(void) / len(records)
+    assert last["retrieval/status/timeout"] == last["retrieval/failed"] == len(void)
 
 
 def test_too_many_failed_searches_stop_the_run_and_say_why(later: dict[str, Future[Ended]]) -> None:
@@ -304,8 +363,15 @@ def test_too_many_failed_searches_stop_the_run_and_say_why(later: dict[str, Futu
     assert ended.seconds < 60
     message = ended.printed[ended.printed.rindex("trajectories are void") :]
     assert "retrieval.max_failed_fraction=0.1" in message
-    assert "the searches failed with: http://127.0.0.1:" in message
-    assert "cannot be reached" in message
+    assert "the searches failed with: timeout: " in message
+
+
+def test_a_server_that_returns_with_another_index_stops_the_run(later: dict[str, Future[Ended]]) -> None:
+    ended = later["swapped"].result()
+    assert ended.code == 1, ended.printed
+    message = ended.printed[ended.printed.rindex("trajectories are void") :]
+    assert "the searches failed with: error: " in message
+    assert "but this run began with index" in message
 
 
 def test_two_ranks_do_what_one_does(bench: Bench, later: dict[str, Future[Ended]]) -> None:

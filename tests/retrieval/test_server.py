@@ -22,7 +22,7 @@ from retrieval.processes import MODULE, environment, serving
 from searchrl.retrieval.app import Service, create_app
 from searchrl.retrieval.corpus import Corpus
 from searchrl.retrieval.loading import load_index
-from searchrl.retrieval.server import ServerError, _arguments, bind, main
+from searchrl.retrieval.server import ServerError, argument_parser, bind, main
 from searchrl.retrieval.wire import TOKEN_VARIABLE
 
 pytestmark = pytest.mark.integration
@@ -157,6 +157,9 @@ def test_what_keeps_it_from_starting_is_one_line(
         for code in (MODULE, ("-m", "searchrl.cli", "serve")):
             line = failed_start(*index, *corpus, "--port", port, code=code)
             assert line == f"cannot listen on 127.0.0.1 port {port}: Address already in use"
+    assert failed_start(*index, *corpus, "--port", "0", "--devices", "gpu") == (
+        "devices [gpu] are neither the CPU alone nor GPUs alone: write cpu, or cuda:0, cuda:1"
+    )
 
 
 def test_a_server_for_everyone_without_a_token_warns(
@@ -282,17 +285,11 @@ def test_an_address_that_cannot_be_had_is_a_typed_error() -> None:
 
 def test_devices_come_as_a_list() -> None:
     flags = ["--index", "i", "--corpus", "c"]
-    assert _arguments(flags).devices == ("cpu",)
-    assert _arguments([*flags, "--devices", "cuda:0,cuda:1"]).devices == ("cuda:0", "cuda:1")
-
-
-def test_devices_that_are_none_end_the_start_with_a_reason(
-    bm25_directory: Path, corpus_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["--index", str(bm25_directory), "--corpus", str(corpus_path), "--devices", "gpu"])
-    assert ended.value.code == 2
-    assert "devices [gpu] are neither the CPU alone nor GPUs alone" in capsys.readouterr().err
+    assert argument_parser().parse_args(flags).devices == ("cpu",)
+    assert argument_parser().parse_args([*flags, "--devices", "cuda:0,cuda:1"]).devices == (
+        "cuda:0",
+        "cuda:1",
+    )
 
 
 @pytest.mark.parametrize(

@@ -141,8 +141,8 @@ class CachedRetriever:
         asked = time.monotonic()
         while True:
             found = self._cache.get(query, top_k)
+            self._meter.counts["cache_hits"] += found is not None  # 0 as well: then the metric says 0
             if found is not None:
-                self._meter.counts["cache_hits"] += 1
                 return found
             flight = self._flights.get((query, top_k))
             if flight is None:

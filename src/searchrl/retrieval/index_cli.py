@@ -17,6 +17,15 @@ _EVALUATED = "flat,fp16,sq8,pq_fastscan+fp16"
 
 def main(argv: Sequence[str] | None = None, *, resolve_encoder: Callable[[str], Path] = Path) -> None:
     """Run one command. ``resolve_encoder`` turns ``--encoder`` (a hub name, say) into a folder."""
+    parser = argument_parser()
+    args = parser.parse_args(argv)
+    if getattr(args, "encoder", None) is not None:
+        args.encoder = resolve_encoder(args.encoder)
+    args.function(args, parser)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """All commands and their flags."""
     parser = argparse.ArgumentParser(prog="searchrl index", description="Make and compare retrieval indexes.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_build(commands.add_parser("build", help="index a corpus; goes on where a killed build ended"))
@@ -24,10 +33,7 @@ def main(argv: Sequence[str] | None = None, *, resolve_encoder: Callable[[str], 
     _add_convert(commands.add_parser("convert", help="make another kind of a flat index, without encoding"))
     _add_evaluate(commands.add_parser("evaluate", help="compare kinds: recall against flat, memory, speed"))
     _add_kinds(commands.add_parser("kinds", help="list the kinds of dense index, and what each costs"))
-    args = parser.parse_args(argv)
-    if getattr(args, "encoder", None) is not None:
-        args.encoder = resolve_encoder(args.encoder)
-    args.function(args, parser)
+    return parser
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:

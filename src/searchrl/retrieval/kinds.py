@@ -83,7 +83,7 @@ def _ivf(about: str, codes: Callable[[int], str], *, min_rows: int = 1) -> _Reci
         factory=lambda rows, dim: f"IVF{_lists(rows)},{codes(dim)}",
         sample=lambda rows: max(_PQ_SAMPLE, _POINTS_PER_LIST * _lists(rows)),
         min_rows=min_rows,
-        search=lambda rows: {"nprobe": max(8, _lists(rows) // 16)},
+        search=lambda rows: {"nprobe": min(_lists(rows), max(128, _lists(rows) // 16))},
     )
 
 
@@ -126,11 +126,39 @@ def resolve_kind(name: str, *, rows: int, dim: int) -> DenseKind:
 
     Raises `BuildError` with the nearest known name if there is none, and if there are too few rows to train.
     """
+    recipe, store, settings = _read(name)
+    if rows < recipe.min_rows:
+        raise BuildError(
+            f"{name} needs {recipe.min_rows} passages to train, this corpus has {rows}: choose flat or sq8"
+        )
+    search = recipe.search(rows) | ({"candidates": CANDIDATES} if store else {})
+    kind = DenseKind(
+        name=name,
+        dim=dim,
+        factory=recipe.factory(rows, dim),
+        store=store,
+        search=search | settings,
+        sample=min(rows, recipe.sample(rows)),
+    )
+    configured_index(kind.factory, dim, kind.search)  # fails now rather than after the encoding
+    return kind
+
+
+def dense_index_problem(name: str) -> str | None:
+    """Return why no dense index can be called ``name``, None if one can; FAISS is not asked."""
+    try:
+        _read(name)
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def _read(name: str) -> tuple[_Recipe, str | None, dict[str, int]]:
+    """Return what a name says: the recipe, FAISS's name of the store, and search parameters."""
     base, *settings = name.split(":")
-    small, plus, store_name = base.partition("+")
-    if plus and store_name not in _STORES:
-        raise BuildError(f"{name}: {store_name!r} is no store; choose one of {', '.join(_STORES)}")
-    store = _STORES[store_name] if plus else None
+    small, plus, store = base.partition("+")
+    if plus and store not in _STORES:
+        raise BuildError(f"{name}: {store!r} is no store; choose one of {', '.join(_STORES)}")
     if small[:1].isupper():
         recipe = _Recipe(about="", factory=lambda r, d: small, sample=_ivf("", lambda d: "").sample)
     elif small in RECIPES:
@@ -141,21 +169,7 @@ def resolve_kind(name: str, *, rows: int, dim: int) -> DenseKind:
             f"there is no dense index called {small!r}; did you mean {near!r}? (`searchrl index kinds` lists "
             "all; a FAISS description starts with a capital letter)"
         )
-    if rows < recipe.min_rows:
-        raise BuildError(
-            f"{small} needs {recipe.min_rows} passages to train, this corpus has {rows}: choose flat or sq8"
-        )
-    search = recipe.search(rows) | ({"candidates": CANDIDATES} if plus else {})
-    kind = DenseKind(
-        name=name,
-        dim=dim,
-        factory=recipe.factory(rows, dim),
-        store=store,
-        search=search | _parse(settings, name),
-        sample=min(rows, recipe.sample(rows)),
-    )
-    configured_index(kind.factory, dim, kind.search)  # fails now rather than after the encoding
-    return kind
+    return recipe, _STORES[store] if plus else None, _parse(settings, name)
 
 
 def _parse(settings: list[str], name: str) -> dict[str, int]:

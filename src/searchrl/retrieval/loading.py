@@ -48,6 +48,7 @@ def load_index(
         IndexMismatchError: corpus, encoder or files are not those of the manifest; names both and the remedy.
         DeviceError: this kind of index, or this FAISS, does not work on these devices.
     """
+    gpu_numbers(devices)  # a wrong name is refused for BM25 too, which would ignore it
     directory = Path(directory)
     manifest = read_manifest(directory)
     if manifest.corpus_sha256 != corpus.sha256:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 from searchrl.retrieval.types import RetrievalError, Retriever, SearchStatus
 from searchrl.trajectory import Document
@@ -57,6 +58,31 @@ class RetrievalStats:
         if not self.seconds:
             return 0.0
         return self.seconds[min(len(self.seconds) - 1, int(len(self.seconds) * fraction))]
+
+    def metrics(self) -> dict[str, float]:
+        """The interval's metrics, ready to log; nothing if nothing was searched and nothing counted."""
+        if not self.queries and not self.counts:
+            return {}
+        named = {
+            "retrieval/latency_p50": self.quantile(0.5),
+            "retrieval/latency_p99": self.quantile(0.99),
+            "retrieval/failed": float(self.failed),
+        }
+        named |= {f"retrieval/status/{status}": float(self.statuses[status]) for status in SearchStatus}
+        named |= {f"retrieval/{name}": float(count) for name, count in self.counts.items()}
+        if "cache_hits" in self.counts and self.queries:
+            named["retrieval/cache_hit"] = self.counts["cache_hits"] / self.queries
+        return named
+
+
+def merge_stats(parts: Sequence[RetrievalStats]) -> RetrievalStats:
+    """The searches of all ranks together."""
+    statuses: Counter[SearchStatus] = Counter()
+    counts: Counter[str] = Counter()
+    for part in parts:
+        statuses.update(part.statuses)
+        counts.update(part.counts)
+    return RetrievalStats(statuses, counts, sorted(s for part in parts for s in part.seconds))
 
 
 class MeteredRetriever:

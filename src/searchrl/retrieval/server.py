@@ -50,7 +50,7 @@ class ServerError(SearchrlError, RuntimeError):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Load an index, warm it up, serve it until SIGTERM, SIGINT or the parent's death."""
-    args = _arguments(argv)
+    args = argument_parser().parse_args(argv)
     signal.signal(
         signal.SIGINT, signal.SIG_DFL
     )  # until requests are served Ctrl-C ends it without a traceback
@@ -225,7 +225,8 @@ def _watch_parent(on_death: Callable[[], None]) -> None:
     on_death()
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def argument_parser() -> argparse.ArgumentParser:
+    """All flags of ``searchrl serve``."""
     parser = argparse.ArgumentParser(
         prog="searchrl serve",
         description="Serve an index over HTTP: POST /retrieve, GET /health, GET /metrics (Prometheus).",
@@ -272,7 +273,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shuffle-seed", type=int, help="ablation: return unrelated documents")
     parser.add_argument("--ready-file", type=Path, help="gets {port, pid} as JSON once requests are served")
     parser.add_argument("--exit-with-parent", action="store_true", help="end when standard input closes")
-    return parser.parse_args(argv)
+    return parser
 
 
 def _whole(lowest: int, highest: int = 10**8) -> Callable[[str], int]:

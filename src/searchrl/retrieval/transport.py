@@ -250,9 +250,16 @@ async def with_retries(
     """
     budget.deposit()
     attempts = 0
+    last: Retriable | None = None
     while True:
-        if breaker is not None:
-            await breaker.admit(deadline)
+        try:
+            if breaker is not None:
+                await breaker.admit(deadline)
+        except RetrievalError as error:
+            if last is None:
+                raise
+            message = f"{last} (attempt {attempts}, the last: {error})"
+            raise RetrievalError(message, kind=last.kind) from last
         attempts += 1
         meter.counts["requests"] += 1
         meter.counts["retries"] += attempts > 1
@@ -261,6 +268,7 @@ async def with_retries(
             with breaker.watch() if breaker is not None else nullcontext():
                 return await attempt(min(policy.timeout_s, remaining))
         except Retriable as error:
+            last = error
             pause = min(policy.first_pause_s * 2 ** min(attempts - 1, 20), policy.max_pause_s)
             pause *= _JITTER.uniform(0.5, 1.0)
             if error.retry_after_s > 0.0:  # the jitter on top: not all of its clients at the same moment

@@ -7,17 +7,7 @@ from enum import StrEnum
 from typing import NamedTuple, Protocol
 
 from searchrl.trajectory import Document
-
-
-class SearchStatus(StrEnum):
-    """How a search ended. Only the first two are results; the others are a `RetrievalError`."""
-
-    OK = "ok"
-    EMPTY = "empty"
-    """The search worked and found nothing."""
-    ERROR = "error"
-    TIMEOUT = "timeout"
-    RATE_LIMITED = "rate_limited"
+from searchrl.trajectory import SearchStatus as SearchStatus  # it belongs to results and failures alike
 
 
 class FailureKind(StrEnum):

@@ -1,0 +1,187 @@
+"""Opens the configured source of search results, and what it needs: an index, a server, a recording."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from searchrl.config import Config, ConfigError, IndexKind, RetrievalKind
+from searchrl.console import Console
+from searchrl.distributed import World, barrier, broadcast_object
+from searchrl.errors import SearchrlError
+from searchrl.models import resolve_model
+from searchrl.retrieval.cache import CachedRetriever, DiskCache, ReplayRetriever
+from searchrl.retrieval.client import HttpRetriever
+from searchrl.retrieval.embedded import EmbeddedServer
+from searchrl.retrieval.meter import MeteredRetriever, RetrievalMeter
+from searchrl.retrieval.none import NoRetriever
+from searchrl.retrieval.types import RetrievalError, Retriever
+from searchrl.retrieval.wire import TOKEN_VARIABLE
+
+SHUFFLE_SEED = 1
+"""Which unrelated passages ``retrieval.shuffle_documents`` returns: the same in every run."""
+
+
+class SourceError(SearchrlError, RuntimeError):
+    """The configured source of search results does not answer, or not as this run needs it."""
+
+
+@contextmanager
+def open_retriever(
+    cfg: Config, world: World, console: Console, runner: asyncio.Runner, meter: RetrievalMeter
+) -> Iterator[Retriever]:
+    """The configured retriever, counted by ``meter`` and, with ``retrieval.cache``, recorded.
+
+    Raises:
+        SearchrlError: the source, the index or the recording cannot be used; the message says why.
+    """
+    with ExitStack() as stack:
+        source, identity = stack.enter_context(_open_source(cfg, world, console, runner, meter))
+        stack.callback(lambda: runner.run(source.aclose()))  # also when its recording cannot be opened
+        retriever = source
+        if cfg.retrieval.cache and cfg.retrieval.kind is not RetrievalKind.replay:
+            cache = stack.enter_context(DiskCache(cfg.retrieval.cache, identity))
+            cached = CachedRetriever(source, cache, meter)
+            stack.callback(lambda: runner.run(cached.aclose()))
+            retriever = cached
+        yield MeteredRetriever(retriever, meter)
+
+
+@contextmanager
+def _open_source(
+    cfg: Config, world: World, console: Console, runner: asyncio.Runner, meter: RetrievalMeter
+) -> Iterator[tuple[Retriever, str]]:
+    """The retriever itself, and a name for all that decides its answers."""
+    retrieval = cfg.retrieval
+    match retrieval.kind:
+        case RetrievalKind.none:
+            yield NoRetriever(), "none"
+        case RetrievalKind.replay:
+            yield ReplayRetriever(retrieval.cache), "replay"
+        case RetrievalKind.http:
+            client = _client(cfg, list(retrieval.urls), meter, token=os.environ.get(TOKEN_VARIABLE) or None)
+            yield client, _index_identity(runner, client, retrieval.urls)
+        case RetrievalKind.embedded:
+            with ExitStack() as stack:
+                url = stack.enter_context(_embedded_server(cfg, console)).url if world.is_main else ""
+                client = _client(cfg, [broadcast_object(url)], meter)
+                yield client, _index_identity(runner, client, [])
+                barrier()  # the server stays until every rank has had its last answer
+        case RetrievalKind.google | RetrievalKind.brave | RetrievalKind.searxng | RetrievalKind.mcp:
+            from searchrl.retrieval.web import open_web_retriever, source_identity
+
+            web = open_web_retriever(
+                retrieval.kind,
+                retrieval.web,
+                timeout_s=retrieval.timeout_s,
+                deadline_s=retrieval.deadline_s,
+                max_concurrency=retrieval.max_concurrency,
+                meter=meter,
+            )
+            yield web, source_identity(retrieval.kind, retrieval.web)
+
+
+def _index_identity(runner: asyncio.Runner, client: HttpRetriever, urls: Sequence[str]) -> str:
+    """The index behind ``client``, or the servers where they do not name it."""
+    try:
+        found = runner.run(client.fingerprint())
+    except RetrievalError as error:
+        runner.run(client.aclose())
+        raise SourceError(str(error)) from error
+    return f"index {found}" if found else "servers " + " ".join(sorted(urls))
+
+
+def _client(
+    cfg: Config, urls: list[str], meter: RetrievalMeter, *, token: str | None = None
+) -> HttpRetriever:
+    return HttpRetriever(
+        urls,
+        timeout_s=cfg.retrieval.timeout_s,
+        deadline_s=cfg.retrieval.deadline_s,
+        max_concurrency=cfg.retrieval.max_concurrency,
+        token=token,
+        meter=meter,
+    )
+
+
+def retrieval_index(cfg: Config) -> Path:
+    """The embedded server's index: ``retrieval.index_path``, else one under ``assets``, built now if missing.
+
+    Raises:
+        ConfigError: retrieval is not embedded, so there is nothing to index.
+    """
+    from searchrl.retrieval.build import build_index
+    from searchrl.retrieval.encoder import EncoderFamily
+
+    retrieval = cfg.retrieval
+    if retrieval.kind is not RetrievalKind.embedded:
+        raise ConfigError(
+            f"retrieval.kind={retrieval.kind} has no index here; choose retrieval=bm25 or hybrid"
+        )
+    if retrieval.index_path:
+        return Path(retrieval.index_path)
+    corpus = Path(retrieval.corpus)
+    # Not beside the corpus: building a data set anew replaces its whole folder.
+    index = Path(cfg.assets) / "indexes" / f"{corpus.parent.name}-{index_name(cfg)}"
+    build_index(
+        corpus,
+        index,
+        kind=retrieval.index,
+        dense_index=retrieval.dense_index,
+        encoder_path=_encoder(cfg),
+        encoder_family=EncoderFamily(retrieval.encoder_family),
+        devices=retrieval.devices,
+    )
+    return index
+
+
+def source_settings(cfg: Config) -> list[str]:
+    """The settings that decide what searches find; those of how they travel (timeouts) are left out."""
+    retrieval = cfg.retrieval
+    settings = [str(retrieval.kind)]
+    match retrieval.kind:
+        case RetrievalKind.embedded:
+            settings += [retrieval.corpus, retrieval.index_path or index_name(cfg)]
+        case RetrievalKind.http:
+            settings += retrieval.urls
+        case RetrievalKind.replay:
+            settings += [retrieval.cache]
+        case RetrievalKind.google | RetrievalKind.brave | RetrievalKind.searxng | RetrievalKind.mcp:
+            from searchrl.retrieval.web import source_identity
+
+            settings += [source_identity(retrieval.kind, retrieval.web)]
+        case RetrievalKind.none:
+            pass
+    return settings
+
+
+def _embedded_server(cfg: Config, console: Console) -> EmbeddedServer:
+    console.say(f"retriever: {cfg.retrieval.index} index over {cfg.retrieval.corpus}")
+    return EmbeddedServer(
+        retrieval_index(cfg),
+        cfg.retrieval.corpus,
+        log_path=Path(cfg.run_dir) / "retriever.log",
+        encoder_path=_encoder(cfg),
+        devices=cfg.retrieval.devices,
+        shuffle_seed=SHUFFLE_SEED if cfg.retrieval.shuffle_documents else None,
+    )
+
+
+def _encoder(cfg: Config) -> Path | None:
+    """The sentence encoder's folder, if the index has one."""
+    if cfg.retrieval.index is IndexKind.bm25:
+        return None
+    return Path(resolve_model(cfg.retrieval.encoder, Path(cfg.assets)))
+
+
+def index_name(cfg: Config) -> str:
+    """Folder name of an index under ``assets``: its kind and, if it has vectors, how and by which encoder."""
+    retrieval = cfg.retrieval
+    if retrieval.index is IndexKind.bm25:
+        return str(IndexKind.bm25)
+    encoder = hashlib.sha256(f"{retrieval.encoder_family} {retrieval.encoder}".encode()).hexdigest()[:8]
+    return f"{retrieval.index}-{retrieval.dense_index.replace('/', '_')}-{encoder}"
