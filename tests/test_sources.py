@@ -131,8 +131,12 @@ def test_an_index_is_built_once_or_taken_from_where_the_user_has_it(cfg: Config,
     before = (built / "manifest.json").stat().st_mtime_ns
     assert retrieval_index(cfg) == built
     assert (built / "manifest.json").stat().st_mtime_ns == before
+    built.rename(tmp_path / "mine")
     cfg.retrieval.index_path = str(tmp_path / "mine")
     assert retrieval_index(cfg) == tmp_path / "mine"
+    cfg.retrieval.index = IndexKind.hybrid
+    with pytest.raises(ConfigError, match=r"mine is a bm25 index, but retrieval\.index=hybrid; choose"):
+        retrieval_index(cfg)
     cfg.retrieval = RetrievalConfig(kind=RetrievalKind.none)
     with pytest.raises(ConfigError, match=r"retrieval\.kind=none has no index here"):
         retrieval_index(cfg)

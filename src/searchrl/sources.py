@@ -112,10 +112,11 @@ def retrieval_index(cfg: Config) -> Path:
     """The embedded server's index: ``retrieval.index_path``, else one under ``assets``, built now if missing.
 
     Raises:
-        ConfigError: retrieval is not embedded, so there is nothing to index.
+        ConfigError: retrieval is not embedded, so there is nothing to index; or the index is of another kind.
     """
     from searchrl.retrieval.build import build_index
     from searchrl.retrieval.encoder import EncoderFamily
+    from searchrl.retrieval.manifest import read_manifest
 
     retrieval = cfg.retrieval
     if retrieval.kind is not RetrievalKind.embedded:
@@ -123,6 +124,12 @@ def retrieval_index(cfg: Config) -> Path:
             f"retrieval.kind={retrieval.kind} has no index here; choose retrieval=bm25 or hybrid"
         )
     if retrieval.index_path:
+        kind = read_manifest(retrieval.index_path).kind
+        if kind != retrieval.index:
+            raise ConfigError(
+                f"retrieval.index_path={retrieval.index_path} is a {kind} index, but retrieval.index="
+                f"{retrieval.index}; choose retrieval={kind}, or another folder"
+            )
         return Path(retrieval.index_path)
     corpus = Path(retrieval.corpus)
     # Not beside the corpus: building a data set anew replaces its whole folder.

@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 import uvicorn
 from starlette.types import ASGIApp
+
+from searchrl.retrieval.app import Service, create_app
 
 PASSAGES = """
 Paris|Paris is the capital of France and lies on the Seine.
@@ -159,3 +162,20 @@ def clustered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("clustered") / "flat.faiss"
     write_flat(path, vectors.astype(np.float32))
     return path
+
+
+@pytest.fixture(scope="module")
+def service(bm25_directory: Path, corpus_path: Path) -> Service:
+    """The hand-written corpus under BM25."""
+    from searchrl.retrieval.corpus import Corpus
+    from searchrl.retrieval.loading import load_index
+
+    corpus = Corpus(corpus_path)
+    return Service(index=load_index(bm25_directory, corpus), corpus=corpus, fingerprint="f")
+
+
+@pytest.fixture(scope="module")
+def http(serve: Callable[[ASGIApp], str], service: Service) -> Iterator[httpx.Client]:
+    """A client of a server of it."""
+    with httpx.Client(base_url=serve(create_app(service)), trust_env=False, timeout=30) as client:
+        yield client

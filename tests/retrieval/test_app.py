@@ -3,8 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import httpx
 import pytest
@@ -14,8 +13,6 @@ from retrieval.clients import post, samples
 from searchrl import __version__
 from searchrl.retrieval import app as app_module
 from searchrl.retrieval.app import Service, create_app
-from searchrl.retrieval.corpus import Corpus
-from searchrl.retrieval.loading import load_index
 from searchrl.retrieval.types import Hit, Index
 from searchrl.retrieval.wire import (
     INDEX_HEADER,
@@ -27,18 +24,6 @@ from searchrl.retrieval.wire import (
 )
 
 Serve = Callable[[ASGIApp], str]
-
-
-@pytest.fixture(scope="module")
-def service(bm25_directory: Path, corpus_path: Path) -> Service:
-    corpus = Corpus(corpus_path)
-    return Service(index=load_index(bm25_directory, corpus), corpus=corpus, fingerprint="f")
-
-
-@pytest.fixture(scope="module")
-def http(serve: Serve, service: Service) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=serve(create_app(service)), trust_env=False) as client:
-        yield client
 
 
 def test_an_answer_in_both_nestings(http: httpx.Client, contents: list[str]) -> None:

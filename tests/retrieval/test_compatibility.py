@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -23,8 +22,6 @@ from starlette.types import ASGIApp
 
 from searchrl.retrieval.app import Service, create_app
 from searchrl.retrieval.client import HttpRetriever
-from searchrl.retrieval.corpus import Corpus
-from searchrl.retrieval.loading import load_index
 from searchrl.retrieval.types import FailureKind, RetrievalError
 from searchrl.trajectory import Document
 
@@ -32,18 +29,6 @@ Serve = Callable[[ASGIApp], str]
 
 
 # ---- Their clients, our server ----
-
-
-@pytest.fixture(scope="module")
-def service(bm25_directory: Path, corpus_path: Path) -> Service:
-    corpus = Corpus(corpus_path)
-    return Service(index=load_index(bm25_directory, corpus), corpus=corpus, fingerprint="f")
-
-
-@pytest.fixture(scope="module")
-def http(serve: Serve, service: Service) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=serve(create_app(service)), trust_env=False, timeout=30) as client:
-        yield client
 
 
 def search_r1(http: httpx.Client, queries: list[str], topk: int = 3) -> list[str]:
