@@ -35,7 +35,7 @@ quickstart: setup  ## Train SmolLM2-135M to search, on the CPU, in minutes; ARGS
 test: setup  ## Run unit tests, then integration tests; one summary at the end
 	$(BIN)/python -m pytest -m "not gpu"
 
-test-unit: setup  ## Run the unit tests only (about a minute)
+test-unit: setup  ## Run the unit tests only (about two minutes)
 	$(BIN)/python -m pytest -m "not integration and not gpu"
 
 test-gpu: setup  ## Run the tests that need a GPU

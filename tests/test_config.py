@@ -365,6 +365,13 @@ def test_one_problem_gives_one_line(
     assert_refused(cfg, problem)
 
 
+def test_a_token_that_no_header_takes_is_refused_without_being_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEARCHRL_RETRIEVAL_TOKEN", "two words")
+    assert problems("+experiment=smoke", "retrieval=http", "retrieval.urls=[http://127.0.0.1:8000]") == (
+        f"{HEAD}  - the environment variable SEARCHRL_RETRIEVAL_TOKEN must be printable ASCII without spaces"
+    )
+
+
 def test_what_validation_finds_reaches_the_user() -> None:
     assert problems("+experiment=smoke", "retrieval=http", "retrieval.corpus=x") == (
         f"{HEAD}  - retrieval.urls is empty; name at least one server, for example [http://127.0.0.1:8000]"

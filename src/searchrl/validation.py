@@ -17,6 +17,7 @@ from searchrl.config import (
 )
 from searchrl.retrieval.devices import DeviceError, gpu_numbers
 from searchrl.retrieval.kinds import dense_index_problem
+from searchrl.retrieval.wire import TOKEN_VARIABLE, is_token
 
 
 def validate(cfg: Config, *, world_size: int = 1) -> None:
@@ -198,6 +199,9 @@ def _retrieval(cfg: Config) -> Iterator[str]:
             for url in retrieval.urls:
                 if not url.startswith(("http://", "https://")):
                     yield f"retrieval.urls holds {url!r}, which is no http:// or https:// address"
+            token = os.environ.get(TOKEN_VARIABLE)
+            if token and not is_token(token):
+                yield f"the environment variable {TOKEN_VARIABLE} must be printable ASCII without spaces"
         case RetrievalKind.google | RetrievalKind.brave | RetrievalKind.searxng | RetrievalKind.mcp:
             yield from _web(retrieval)
         case RetrievalKind.replay:

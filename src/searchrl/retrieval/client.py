@@ -28,7 +28,14 @@ from searchrl.retrieval.transport import (
     with_retries,
 )
 from searchrl.retrieval.types import FailureKind, RetrievalError
-from searchrl.retrieval.wire import INDEX_HEADER, TIMEOUT_HEADER, TOKEN_VARIABLE, parse_answer, query_problem
+from searchrl.retrieval.wire import (
+    INDEX_HEADER,
+    TIMEOUT_HEADER,
+    TOKEN_VARIABLE,
+    is_token,
+    parse_answer,
+    query_problem,
+)
 from searchrl.trajectory import Document
 
 _MAX_QUERIES = 64
@@ -85,7 +92,7 @@ class HttpRetriever:
         for url in urls:
             if httpx.URL(url).scheme not in ("http", "https"):
                 raise ValueError(f"{url!r} is no http(s) URL")
-        if token and not (token.isascii() and token.isprintable() and " " not in token):
+        if token and not is_token(token):
             raise ValueError("the token for the search server must be printable ASCII without spaces")
         # A URL given twice is one server with one limit of connections.
         self._bases = list(dict.fromkeys(url.rstrip("/").removesuffix("/retrieve") for url in urls))

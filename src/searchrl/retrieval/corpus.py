@@ -142,9 +142,8 @@ def _scan(path: Path) -> tuple[npt.NDArray[np.uint64], str]:
             digest.update(chunk)
             newlines = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n"))
             if lines + len(newlines) + 2 > len(offsets):
-                offsets.resize(
-                    len(offsets) * 5 // 4 + len(newlines) + 2, refcheck=False
-                )  # in place if it is large
+                # In place if it is large.
+                offsets.resize(len(offsets) * 5 // 4 + len(newlines) + 2, refcheck=False)
             offsets[lines + 1 : lines + 1 + len(newlines)] = newlines + (position + 1)
             lines += len(newlines)
             position += len(chunk)

@@ -106,7 +106,7 @@ class EmbeddedServer:
         self._stopping.clear()
         try:
             self._port = self._launch(port=0)
-        except BaseException:
+        except BaseException:  # Ctrl-C too must leave no process behind
             self.stop()
             raise
         self._monitor = threading.Thread(target=self._watch, name="retrieval-monitor", daemon=True)

@@ -203,5 +203,5 @@ def _work(connection: Connection, job: EncodeJob, device: str, threads: int) -> 
             connection.send(("finished", shard))
     except (EOFError, ConnectionError):  # the parent is gone
         return
-    except Exception:
+    except Exception:  # whatever it is ends the build, in the parent, with its reason
         connection.send(("failed", traceback.format_exc()))

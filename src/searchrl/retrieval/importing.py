@@ -216,9 +216,10 @@ def _probe(stored: RowStore, corpus: Corpus, encoder_path: Path, family: Encoder
     rows = np.sort(np.random.default_rng(_PROBE_SEED).permutation(stored.rows)[:_PROBES])
     texts = [corpus[int(row)].contents for row in rows]
     held = stored.vectors(rows)
+    encoders = {other: Encoder(encoder_path, other) for other in EncoderFamily}
     made = {
-        (other, kind): Encoder(encoder_path, other).encode(texts, kind)
-        for other in EncoderFamily
+        (other, kind): encoder.encode(texts, kind)
+        for other, encoder in encoders.items()
         for kind in (TextKind.PASSAGE, TextKind.QUERY)
     }
     agreement = {treatment: _agreement(held, vectors) for treatment, vectors in made.items()}

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from searchrl.config import IndexKind
 from searchrl.console import Console
 from searchrl.retrieval.encoder import EncoderFamily
+
+if TYPE_CHECKING:
+    from searchrl.retrieval.manifest import Manifest
 
 WIKI18_ROWS = 21_015_324
 _WIKI18_DIM = 768
@@ -111,23 +115,30 @@ def _comma_list(text: str) -> list[str]:
     return text.split(",")
 
 
-def _build(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def _made(args: argparse.Namespace, folder: Path, kind: IndexKind, dense_index: str) -> Manifest:
     from searchrl.retrieval.build import build_index
 
-    if (args.kind is not IndexKind.bm25) != (args.encoder is not None):
-        parser.error("--encoder is needed for --kind dense and hybrid, and only for these")
-    manifest = build_index(
+    return build_index(
         args.corpus,
-        args.out,
-        kind=args.kind,
+        folder,
+        kind=kind,
         encoder_path=args.encoder,
         encoder_family=args.encoder_family,
-        dense_index=args.dense_index,
+        dense_index=dense_index,
         devices=args.devices,
         processes=args.processes,
         batch_size=args.batch_size,
     )
-    print(f"{args.out}: {manifest.rows:,} passages, fingerprint {manifest.fingerprint}")
+
+
+def _say_made(folder: Path, manifest: Manifest) -> None:
+    print(f"{folder}: {manifest.rows:,} passages, fingerprint {manifest.fingerprint}")
+
+
+def _build(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if (args.kind is not IndexKind.bm25) != (args.encoder is not None):
+        parser.error("--encoder is needed for --kind dense and hybrid, and only for these")
+    _say_made(args.out, _made(args, args.out, args.kind, args.dense_index))
 
 
 def _import(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -143,18 +154,16 @@ def _import(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         rows=args.rows,
         move=args.move,
     )
-    print(f"{args.out}: {manifest.rows:,} passages, fingerprint {manifest.fingerprint}")
+    _say_made(args.out, manifest)
 
 
 def _convert(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     from searchrl.retrieval.convert import convert_index
 
-    manifest = convert_index(args.index, args.out, dense_index=args.dense_index)
-    print(f"{args.out}: {manifest.rows:,} passages, fingerprint {manifest.fingerprint}")
+    _say_made(args.out, convert_index(args.index, args.out, dense_index=args.dense_index))
 
 
 def _evaluate(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    from searchrl.retrieval.build import build_index
     from searchrl.retrieval.corpus import Corpus
     from searchrl.retrieval.index_evaluate import evaluate_kinds, read_queries, sample_queries
     from searchrl.retrieval.progress import say
@@ -165,16 +174,7 @@ def _evaluate(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None
     if not args.index.exists():
         if args.encoder is None:
             parser.error(f"there is no index at {args.index}; give --encoder to build it")
-        build_index(
-            args.corpus,
-            args.index,
-            kind=IndexKind.dense,
-            encoder_path=args.encoder,
-            encoder_family=args.encoder_family,
-            devices=args.devices,
-            processes=args.processes,
-            batch_size=args.batch_size,
-        )
+        _made(args, args.index, IndexKind.dense, "flat")
     if args.queries.isdecimal():
         queries = sample_queries(Corpus(unpacked(args.corpus)), int(args.queries))
     else:

@@ -21,10 +21,10 @@ from searchrl.retrieval.convert import flat_vectors
 from searchrl.retrieval.corpus import Corpus
 from searchrl.retrieval.dense import FaissVectors, VectorIndex
 from searchrl.retrieval.dense_build import write_dense
-from searchrl.retrieval.encoder import Encoder, EncoderFamily, TextKind
+from searchrl.retrieval.encoder import TextKind
 from searchrl.retrieval.flatfile import faiss
 from searchrl.retrieval.kinds import DenseKind, resolve_kind
-from searchrl.retrieval.loading import open_vectors
+from searchrl.retrieval.loading import load_encoder, open_vectors
 from searchrl.retrieval.manifest import BuildError
 
 _QUERY_SEED = 0
@@ -71,16 +71,15 @@ def evaluate_kinds(
     """Build and measure each of ``kinds`` from the exact vectors of the index in ``directory``.
 
     Each is built and searched in a process of its own, in a temporary folder beside the index. Raises
-    `IndexMismatchError` if the index has no exact vectors, `BuildError` for an unknown kind.
+    `IndexMismatchError` if the index has no exact vectors or another encoder, `BuildError` for an unknown
+    kind.
     """
     directory = directory.absolute()
     manifest, flat = flat_vectors(directory)
     assert manifest.encoder is not None
     assert manifest.dim is not None
     resolved = [resolve_kind(name, rows=manifest.rows, dim=manifest.dim) for name in kinds]
-    encoder = Encoder(
-        encoder_path or directory / manifest.encoder.path, EncoderFamily(manifest.encoder.family)
-    )
+    encoder = load_encoder(directory, manifest.encoder, encoder_path, "cpu")
     vectors = encoder.encode(queries, TextKind.QUERY)
     truth = [[hit.row for hit in hits] for hits in FaissVectors(flat).search(vectors, top_k)]
     results = []

@@ -10,7 +10,7 @@ from searchrl.retrieval.bm25 import Bm25Index
 from searchrl.retrieval.corpus import Corpus
 from searchrl.retrieval.dense import DenseIndex, FaissVectors, VectorIndex
 from searchrl.retrieval.devices import DeviceError, gpu_numbers
-from searchrl.retrieval.encoder import Encoder, EncoderFamily, weights_fingerprint
+from searchrl.retrieval.encoder import Encoder, EncoderFamily
 from searchrl.retrieval.flatfile import faiss
 from searchrl.retrieval.hybrid import HybridIndex
 from searchrl.retrieval.manifest import (
@@ -63,7 +63,7 @@ def load_index(
         indexes.append(Bm25Index(directory / BM25))
     if manifest.encoder is not None and manifest.dense is not None:
         vectors = open_vectors(directory, manifest.dense, devices)
-        encoder = _load_encoder(directory, manifest.encoder, encoder_path, devices[0])
+        encoder = load_encoder(directory, manifest.encoder, encoder_path, devices[0])
         indexes.append(DenseIndex(vectors, encoder))
     for index in indexes:
         if index.size != manifest.rows:
@@ -92,22 +92,25 @@ def open_vectors(directory: Path, dense: DenseRecord, devices: Sequence[str]) ->
     return FaissVectors(directory / DENSE, search=dense.search, gpus=gpus)
 
 
-def _load_encoder(directory: Path, record: EncoderRecord, encoder_path: Path | None, device: str) -> Encoder:
+def load_encoder(directory: Path, record: EncoderRecord, encoder_path: Path | None, device: str) -> Encoder:
+    """Load the encoder of the index in ``directory``; raise `IndexMismatchError` if it is another one."""
     path = encoder_path if encoder_path is not None else directory.absolute() / record.path
     if not (path / "config.json").is_file():
         raise IndexMismatchError(
             f"the encoder of {directory} ({record.family}, {record.fingerprint}) is not at {path}: "
             "give its folder as encoder_path"
         )
-    found = weights_fingerprint(path)
-    if found != record.fingerprint:
+    family = EncoderFamily(record.family)
+    found = record_encoder(path, family, directory, as_path=record.path)
+    if found.fingerprint != record.fingerprint:
         raise IndexMismatchError(
             f"the index {directory} was made with encoder {record.fingerprint} ({record.family}), but {path} "
-            f"is {found}: give the encoder it was made with as encoder_path, or build the index anew"
+            f"is {found.fingerprint}: give the encoder it was made with as encoder_path, or build the index "
+            "anew"
         )
-    if record != record_encoder(path, EncoderFamily(record.family), directory, as_path=record.path):
+    if found != record:
         raise IndexMismatchError(
             f"this version treats texts for {record.family} otherwise than the one that made {directory}: "
             "build the index anew"
         )
-    return Encoder(path, EncoderFamily(record.family), device=device)
+    return Encoder(path, family, device=device)

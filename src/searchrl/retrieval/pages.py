@@ -203,7 +203,7 @@ def paragraphs(html: str) -> list[str]:
     """Return the paragraphs of a page in order, white space collapsed, without menus, scripts and forms."""
     # lxml, since html.parser and what is built on it takes minutes over hostile pages, holding the GIL, and
     # a thread cannot be stopped. libxml2 reads a megabyte in a tenth of a second, without the GIL.
-    from lxml import etree  # type: ignore[import-untyped]
+    from lxml import etree
 
     parser = etree.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True, no_network=True)
     # An empty document would be an error; a second <body> is none.

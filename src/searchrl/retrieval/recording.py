@@ -192,7 +192,7 @@ def _bytes(query: str) -> bytes:
 def _closed_on_error(connection: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
-    except BaseException:
+    except BaseException:  # Ctrl-C too must leave no connection open
         connection.close()
         raise
 
@@ -204,7 +204,7 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
         connection.execute("COMMIT")
-    except BaseException:
+    except BaseException:  # nor a transaction
         with contextlib.suppress(sqlite3.Error):  # some errors have rolled it back already
             connection.execute("ROLLBACK")
         raise

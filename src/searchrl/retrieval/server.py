@@ -34,7 +34,7 @@ from starlette.applications import Starlette
 
 from searchrl.errors import SearchrlError
 from searchrl.retrieval.app import Service, create_app
-from searchrl.retrieval.wire import TOKEN_VARIABLE
+from searchrl.retrieval.wire import TOKEN_VARIABLE, is_token
 
 GRACE_S = 10.0
 """Seconds between the wish to stop and the end by force."""
@@ -51,9 +51,8 @@ class ServerError(SearchrlError, RuntimeError):
 def main(argv: Sequence[str] | None = None) -> None:
     """Load an index, warm it up, serve it until SIGTERM, SIGINT or the parent's death."""
     args = argument_parser().parse_args(argv)
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # until requests are served Ctrl-C ends it without a traceback
+    # Until requests are served Ctrl-C ends it without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         _run(args)
     except SearchrlError as error:
@@ -197,7 +196,7 @@ def _load(args: argparse.Namespace) -> Service:
 def _token() -> str | None:
     """Return the bearer token from the environment; on the command line every user of the machine sees it."""
     token = os.environ.get(TOKEN_VARIABLE)
-    if token is not None and not (token.isascii() and token.isprintable() and token and " " not in token):
+    if token is not None and not is_token(token):
         raise ServerError(
             f"{TOKEN_VARIABLE} must be printable ASCII without spaces, and not empty: or unset it"
         )

@@ -38,6 +38,11 @@ Answer: TypeAlias = list[tuple[bytes, float]]
 _LARGEST = sys.float_info.max
 
 
+def is_token(text: str) -> bool:
+    """Whether ``text`` can be sent as a bearer token: printable ASCII without spaces, and not empty."""
+    return bool(text) and text.isascii() and text.isprintable() and " " not in text
+
+
 class BadRequestError(ValueError):
     """A request that is refused; ``status`` is the HTTP status, the message its reason.
 
