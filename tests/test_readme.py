@@ -85,6 +85,9 @@ def test_every_named_function_exists(name: str) -> None:
             spec = None
         if spec is not None and spec.origin is not None:
             source = Path(spec.origin).read_text(encoding="utf-8")
-            assert all(re.search(rf"\b(class|def) {part}\b|^{part}\b", source, re.M) for part in parts[cut:])
+            assert all(
+                re.search(rf'\b(class|def) {part}\b|^{part}\b|"{part}",', source, re.M)
+                for part in parts[cut:]
+            )
             return
     pytest.fail(f"the README names {name}, which is no module of searchrl")

@@ -69,7 +69,7 @@ class PolicyObjective:
             sampling_logprobs,
             batch.trajectory_index.flatten()[token],
             batch.trajectory_ids,
-            hi=self.importance.truncate_at,
+            hi=self.importance.hi or 2.0,
         )
         inputs = LossInputs(
             logprobs=outputs.logprobs,

@@ -79,7 +79,6 @@ def _positive(cfg: Config) -> Iterator[str]:
         "optimizer.max_grad_norm": cfg.optimizer.max_grad_norm,
         "engine.kv_cache_gib": cfg.engine.kv_cache_gib,
         "sampling.temperature": cfg.sampling.temperature,
-        "importance.truncate_at": cfg.importance.truncate_at,
         "retrieval.timeout_s": cfg.retrieval.timeout_s,
         "retrieval.deadline_s": cfg.retrieval.deadline_s,
         "episode.deadline_s": cfg.episode.deadline_s,

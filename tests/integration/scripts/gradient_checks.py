@@ -53,7 +53,7 @@ def actor_gradient(
         seed=0,
         world=world,
     )
-    objective = PolicyObjective(LossConfig(), ImportanceConfig(truncate_at=TRUNCATE_AT), None)
+    objective = PolicyObjective(LossConfig(), ImportanceConfig(hi=TRUNCATE_AT), None)
     mine = balance(samples, world.size)[world.rank]
     denominator = count_loss_tokens(samples)
     stats = actor.update(pack(mine, budget), objective, denominator=denominator, step=0)

@@ -1,14 +1,20 @@
-"""The configuration schema: every type, default, meaning and check, and nothing else.
-
-YAML under ``conf/`` only overrides what stands here. ``cli`` composes with Hydra, converts once, calls
-``validate`` and hands plain dataclasses on; nothing else in the package sees OmegaConf.
-"""
+"""The whole schema and its sections that have no file of their own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from searchrl.config.algorithm import (
+    AdvantageConfig,
+    FilterConfig,
+    ImportanceConfig,
+    LossConfig,
+    ResamplingConfig,
+    RewardConfig,
+    UpdateConfig,
+)
+from searchrl.config.retrieval import RetrievalConfig
 from searchrl.errors import SearchrlError
 
 PROMPT_TEMPLATE = """\
@@ -38,35 +44,6 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
 
 
-class RetrievalKind(StrEnum):
-    """Where search results come from."""
-
-    embedded = "embedded"
-    http = "http"
-    google = "google"
-    brave = "brave"
-    searxng = "searxng"
-    mcp = "mcp"
-    replay = "replay"
-    none = "none"
-
-
-class IndexKind(StrEnum):
-    """How the embedded retriever ranks passages."""
-
-    bm25 = "bm25"
-    dense = "dense"
-    hybrid = "hybrid"
-
-
-class RewardKind(StrEnum):
-    """Reward presets, PROTOCOL §2."""
-
-    em = "em"
-    em_plus_format = "em_plus_format"
-    em_plus_evidence = "em_plus_evidence"
-
-
 class Schedule(StrEnum):
     """Learning rate after the warm-up."""
 
@@ -83,6 +60,27 @@ class WandbMode(StrEnum):
     online = "online"
 
 
+class Attention(StrEnum):
+    """Attention kernels of the trainer."""
+
+    sdpa = "sdpa"
+    """torch's; runs everywhere, and on shared prefixes."""
+    flash_attention_2 = "flash_attention_2"
+    """Variable-length FlashAttention over packed rows; GPUs with the flash-attn package."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters (peft): only they are trained; the reference is the model without them."""
+
+    rank: int = 0
+    """Rank of the adapters, say 16; 0: the whole model is trained."""
+    alpha: float = 32.0
+    """Adapters are scaled by alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Names of adapted modules, say [q_proj, v_proj]; empty: every linear layer but the head."""
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """The policy."""
@@ -93,6 +91,10 @@ class ModelConfig:
     """Weights and activations of engine and actor. Below ZeRO's control, master weights are fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time, far less memory."""
+    attention: Attention = Attention.sdpa
+    """``sdpa`` or ``flash_attention_2``."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters in place of full training."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -186,104 +188,13 @@ class DataConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class WebConfig:
-    """Search on the web. Keys come from the environment only: SERPER_API_KEY, BRAVE_API_KEY, MCP_TOKEN."""
-
-    url: str = ""
-    """searxng: base URL of the instance. mcp: the server's endpoint. Others know their own."""
-    tool: str = "search"
-    """mcp: name of the tool, which takes a string ``query``."""
-    snippet_only: bool = True
-    """Documents are the engine's snippets. False: pages are fetched, the text around the snippet is kept."""
-    country: str = "us"
-    """google, brave: whose results."""
-    language: str = "en"
-    """Of the results."""
-    proxy: str = ""
-    """URL of a proxy for engine and pages."""
-    requests_per_second: float = 50.0
-    """Bound on requests to the engine by one rank."""
-    max_requests: int = 0
-    """Requests by one rank after which searches fail: a bound on the cost; 0: none."""
-    blocked_domains: tuple[str, ...] = ("huggingface.co", "github.com", "kaggle.com", "quizlet.com")
-    """Results from these are dropped: pages that hold the benchmarks' answers."""
-
-
-@dataclass(kw_only=True, slots=True)
-class RetrievalConfig:
-    """Search results: an embedded server, servers elsewhere, the web, a recording, or none (an ablation)."""
-
-    kind: RetrievalKind = RetrievalKind.embedded
-    """``embedded``: the train command starts a server on loopback and stops it at the end."""
-    corpus: str = ""
-    """embedded: passages, JSONL."""
-    index: IndexKind = IndexKind.bm25
-    """embedded: how passages are ranked."""
-    dense_index: str = "flat"
-    """embedded: how ``dense`` and ``hybrid`` hold vectors: a name that `searchrl index kinds` lists."""
-    index_path: str = ""
-    """embedded: folder of an index that `searchrl index` made; empty: built on first use under ``assets``."""
-    encoder: str = "package:minilm"
-    """embedded: sentence encoder of ``dense`` and ``hybrid``: a hub name, a folder or ``package:minilm``."""
-    encoder_family: str = "minilm"
-    """embedded: prefixes and pooling: ``minilm``, ``e5`` or ``bge``."""
-    devices: tuple[str, ...] = ("cpu",)
-    """embedded: where encoder and dense index compute, say [cuda:7]; vectors are sharded over several."""
-    urls: tuple[str, ...] = ()
-    """http: base URLs of servers that speak ``POST /retrieve``; SEARCHRL_RETRIEVAL_TOKEN is sent if set."""
-    timeout_s: float = 30.0
-    """Seconds for one request; several are tried before a search counts as failed."""
-    deadline_s: float = 120.0
-    """Seconds for a search in all, retries and waiting for a restarted server included."""
-    max_concurrency: int = 256
-    """Searches of one rank that are under way at once; more wait."""
-    cache: str = ""
-    """SQLite file that records every answer and answers what it has; empty: none. replay: the recording."""
-    web: WebConfig = field(default_factory=WebConfig)
-    """google, brave, searxng, mcp."""
-    shuffle_documents: bool = False
-    """embedded: return real but unrelated passages (an ablation)."""
-    max_failed_fraction: float = 0.1
-    """A step in which more trajectories than this are void stops the run."""
-
-
-@dataclass(kw_only=True, slots=True)
-class RewardConfig:
-    """What a trajectory earns."""
-
-    kind: RewardKind = RewardKind.em
-    """``em``: 0 or 1. ``em_plus_format``: EM + 0.2 for a valid format. ``em_plus_evidence``: EM + 0.4 if all
-    ``metadata.gold_passages`` were read."""
-
-
-@dataclass(kw_only=True, slots=True)
-class LossConfig:
-    """Clipped policy gradient with a KL penalty, NUMERICS."""
-
-    eps_low: float = 0.2
-    """Lower clip range."""
-    eps_high: float = 0.28
-    """Upper clip range."""
-    kl_coef: float = 0.0
-    """Coefficient of the k3 KL to the initial policy; 0 loads no reference model."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ImportanceConfig:
-    """Truncated importance sampling: corrects what engine and trainer disagree on."""
-
-    enabled: bool = True
-    """False: weights are 1; the mismatch is measured and logged all the same."""
-    truncate_at: float = 2.0
-    """Upper bound of a token's weight."""
-
-
-@dataclass(kw_only=True, slots=True)
 class BatchingConfig:
     """How samples become micro-batches. Gradients do not depend on it."""
 
     max_tokens: int = 4096
-    """Tokens of one packed row; a longer trajectory gets a row of its own."""
+    """Tokens of one micro-batch; a longer trajectory gets one of its own."""
+    packing: bool = True
+    """Trajectories share rows, and shared prefixes are computed once. False: one a row, padded."""
     logprob_chunk: int = 1024
     """Loss positions whose logits exist at one time."""
 
@@ -370,7 +281,7 @@ class Config:
     device: Device = Device.cuda
     """``cpu`` or ``cuda``."""
     steps: int = 100
-    """Optimizer steps."""
+    """Steps: a rollout and the update on it, usually one optimizer step (see ``update``)."""
     groups_per_step: int = 32
     """Questions per step, over all ranks."""
     group_size: int = 8
@@ -386,6 +297,10 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    resampling: ResamplingConfig = field(default_factory=ResamplingConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     batching: BatchingConfig = field(default_factory=BatchingConfig)
