@@ -4,7 +4,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-PIP    := $(BIN)/python -m pip install --quiet --no-deps
+# Modules are compiled when they are first imported, which most never are.
+PIP    := $(BIN)/python -m pip install --quiet --no-deps --no-compile
 
 # Where pip finds no CPU build of torch as it is configured, torch alone is asked for once more, from the
 # PyTorch project's own index. Always naming that index would cost retries per package where it is unreachable.

@@ -22,10 +22,11 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("config", "trajectory", "distributed", "environment", "console", "data.errors", "data.packages"),
-    ("protocol", "data", "rewards", "algorithm", "batching", "metrics", "retrieval", "models"),
+    ("protocol", "data", "rewards", "algorithm", "batching", "metrics", "retrieval", "models", "extensions"),
+    ("policy",),
     ("engine", "actor", "tools", "records", "validation"),
-    ("rollout", "weight_sync", "checkpoint", "objective"),
-    ("evaluate", "warmstart", "sources"),
+    ("rollout", "weight_sync", "checkpoint", "objective", "samples"),
+    ("evaluate", "warmstart", "sources", "update", "collect"),
     ("setup",),
     ("trainer",),
     ("cli", "doctor", "report"),
@@ -35,11 +36,12 @@ LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 OWNERS = {
     "vllm": {"engine"},
     "deepspeed": {"actor"},
-    "transformers": {"protocol", "models", "retrieval.encoder", "actor"},
+    "peft": {"policy"},
+    "transformers": {"protocol", "models", "retrieval.encoder", "policy"},
 }
 """Who may import a library that dictates how its users are written."""
 
-HEAVY = ("torch", "transformers", "vllm", "deepspeed", "faiss")
+HEAVY = ("torch", "transformers", "peft", "vllm", "deepspeed", "faiss")
 
 
 class Module(NamedTuple):

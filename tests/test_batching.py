@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,15 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from searchrl.algorithm.logprobs import chunked_logprobs, head_positions
-from searchrl.batching import MicroBatch, balance, count_loss_tokens, empty_microbatch, pack, pad
+from searchrl.batching import (
+    MicroBatch,
+    balance,
+    count_loss_tokens,
+    empty_microbatch,
+    pack,
+    pad,
+    split_minibatches,
+)
 from searchrl.trajectory import Finish, Outcome, Sample, Trajectory, Turn
 
 VOCAB = 64
@@ -250,3 +260,54 @@ def test_to_moves_every_tensor() -> None:
     tensors = (moved.input_ids, moved.position_ids, moved.segment_ids, moved.loss_mask)
     assert {t.device.type for t in (*tensors, moved.sampling_logprobs, moved.advantages)} == {"meta"}
     assert moved.sample_ids == [["0/0"]]
+
+
+@given(samples=samples_strategy, budget=st.integers(1, 80), packed=st.booleans())
+def test_values_of_loss_tokens_travel_by_sample(samples: list[Sample], budget: int, packed: bool) -> None:
+    """The engine's log-probabilities of a batch, split by sample, are the trajectory's; ``join`` inverts."""
+    for batch in (pack if packed else pad)(samples, budget):
+        values = batch.sampling_logprobs[batch.loss_mask]
+        parts = batch.split(values)
+        for sample in samples:
+            if sample.id in parts:
+                expected = [value for turn in sample.trajectory.turns for value in turn.logprobs]
+                assert parts[sample.id].tolist() == expected
+        assert set(parts) == set(batch.trajectory_ids)
+        assert torch.equal(batch.join(parts), values)
+
+
+def test_without_shared_prefixes_rows_hold_what_they_may() -> None:
+    """Four trajectories of 10 tokens with the same prompt of 8 fit one row of 16 only if they share it."""
+    first = make_sample(0, 8, [(2, 0)])
+    same = [replace(first, id=f"0/{number}") for number in range(4)]
+    assert [batch.input_ids.numel() for batch in pack(same, 16)] == [40]
+    whole = pack(same, 16, share_prefixes=False)
+    assert [batch.input_ids.numel() for batch in whole] == [10, 10, 10, 10]
+    assert all(batch.tree is None for batch in whole)
+
+
+def test_an_empty_micro_batch_has_no_values() -> None:
+    batch = empty_microbatch()
+    assert batch.split(torch.zeros(0)) == {}
+    assert batch.join({}).shape == (0,)
+
+
+@given(sizes=st.lists(st.integers(1, 5), max_size=9), count=st.integers(1, 12))
+def test_minibatches_are_whole_groups_in_order(sizes: list[int], count: int) -> None:
+    samples = [
+        Sample(trajectory=make_sample(group, 1, []).trajectory, advantage=0.0, id=f"{group}/{member}")
+        for group, size in enumerate(sizes)
+        for member in range(size)
+    ]
+    parts = split_minibatches(samples, count)
+    assert [sample.id for part in parts for sample in part] == [sample.id for sample in samples]
+    assert len(parts) == min(count, len(sizes))
+    groups = [{sample.id.partition("/")[0] for sample in part} for part in parts]
+    assert sum(map(len, groups)) == len(sizes), "a group stands in one part only"
+    if parts:
+        assert max(map(len, groups)) - min(map(len, groups)) <= 1
+
+
+def test_minibatches_need_a_count() -> None:
+    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
+        split_minibatches([], 0)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from searchrl.actor import PolicyModel, _token_outputs
+from searchrl.actor import _token_outputs
 from searchrl.batching import MicroBatch, pack
+from searchrl.policy import PolicyModel
 from searchrl.trajectory import Finish, Outcome, Sample, Trajectory, Turn
 
 

@@ -126,6 +126,8 @@ RESPONSES = (3 + 13 + 4) + 2 + (1 + 6 + 5 + 7 + 2) + (2 + 20 + 3)
         ("rollout/sampled_tokens", (7 + 2 + 8 + 5) / 4),
         ("rollout/invalid_turns", 1 / 8),
         ("rollout/queries_cut", 1 / 4),
+        ("filter/overlong", 1 / 4),  # of survivors: the one that ran out of context
+        ("filter/void_turns", 1 / 4),  # the one that babbled
         ("rollout/void", 1 / 5),
         ("rollout/outcome/answered", 3 / 5),
         ("rollout/outcome/tool_failed", 1 / 5),
@@ -139,6 +141,15 @@ RESPONSES = (3 + 13 + 4) + 2 + (1 + 6 + 5 + 7 + 2) + (2 + 20 + 3)
 )
 def test_metrics_by_hand(name: str, value: float) -> None:
     assert rollout_tally(groups()).reduce()[name] == pytest.approx(value)
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+def test_what_was_cut_is_overlong_and_nothing_else(outcome: Outcome) -> None:
+    trajectory = ended(searched(3, 2), answered(4, think=True), answer=None, outcome=outcome)
+    assert trajectory.is_overlong == (outcome.value in ("token_limit", "context_limit"))
+    assert not trajectory.has_void_turn
+    trajectory.turns.insert(0, babbled(1, 2))  # anywhere, also before turns that are fine
+    assert trajectory.has_void_turn
 
 
 def test_every_outcome_has_its_share() -> None:

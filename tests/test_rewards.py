@@ -357,3 +357,17 @@ def test_a_group_is_scored_around_its_void_members() -> None:
 
 def test_an_empty_answer_has_no_valid_format() -> None:
     assert not is_valid_format(episode(turn("<think>t</think><answer> </answer>"), answer=""), EOS)
+
+
+@pytest.mark.parametrize("value", [0.25, -1.0, True])
+def test_a_custom_reward_is_all_that_counts(value: float) -> None:
+    trajectory = episode(turn(THINK_ANSWER), answer="Lisbon")
+    reward = score(trajectory, EXAMPLE, RewardKind.custom, EOS, lambda _, __: value)
+    assert (reward.total, reward.exact_match, reward.format_credit) == (float(value), 1.0, 0.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_custom_reward_must_be_a_number(value: float) -> None:
+    trajectory = episode(turn(THINK_ANSWER), answer="Lisbon")
+    with pytest.raises(ValueError, match=f"the custom reward of question q7 is {value}"):
+        score(trajectory, EXAMPLE, RewardKind.custom, EOS, lambda _, __: value)

@@ -7,8 +7,13 @@ request's limit, and keeps every request for the tests to look at.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import json
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, cast
 
 import pytest
@@ -19,12 +24,14 @@ from transformers import PreTrainedTokenizerFast
 from searchrl.config import EpisodeConfig, SamplingConfig
 from searchrl.engine import Engine, Generation, GenerationRequest
 from searchrl.protocol import Protocol
+from searchrl.retrieval.client import HttpRetriever
 from searchrl.rollout import Rollout
-from searchrl.tools import ToolError
+from searchrl.tools import SearchTool, Tool, ToolError
 from searchrl.trajectory import (
     Document,
     Example,
     Finish,
+    Group,
     Outcome,
     Provenance,
     ToolCall,
@@ -63,6 +70,9 @@ class ScriptedEngine:
         else:
             finish = Finish.EOS if text.endswith(EOS) else Finish.STOP
         return Generation(token_ids=ids, logprobs=[-0.01 * i for i in ids], finish=finish)
+
+    async def drain(self) -> None:
+        """Nothing goes on behind a script."""
 
 
 @dataclass
@@ -375,8 +385,7 @@ def gather(
     finished: list[Trajectory] = []
     groups = asyncio.run(
         rollout.groups(
-            examples,
-            first_group=first_group,
+            list(enumerate(examples, first_group)),
             group_size=group_size,
             sampling=SAMPLING,
             on_finish=finished.append,
@@ -428,7 +437,7 @@ def test_a_rollout_that_hangs_ends_with_the_name_of_its_limit(tokenizer: PreTrai
         r"raise it, or lower groups_per_step or the token limits$"
     )
     with pytest.raises(TimeoutError, match=message):
-        asyncio.run(rollout.groups([EXAMPLE], first_group=0, group_size=2, sampling=SAMPLING))
+        asyncio.run(rollout.groups([(0, EXAMPLE)], group_size=2, sampling=SAMPLING))
 
 
 def test_a_fault_of_the_engine_is_no_outcome(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -441,5 +450,164 @@ def test_a_fault_of_the_engine_is_no_outcome(tokenizer: PreTrainedTokenizerFast)
         seed=0,
     )
     with pytest.raises(ExceptionGroup) as caught:
-        asyncio.run(rollout.groups([EXAMPLE], first_group=0, group_size=2, sampling=SAMPLING))
+        asyncio.run(rollout.groups([(0, EXAMPLE)], group_size=2, sampling=SAMPLING))
     assert caught.group_contains(IndexError)
+
+
+# --- an early end ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sluggish(ScriptedEngine):
+    """Never answers questions with ``slow`` in them."""
+
+    dropped: int = 0
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        if "slow" in self.tokenizer.decode(request.prompt_ids):
+            self.requests.append(request)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.dropped += 1
+        return await super().generate(request)
+
+
+def ask(id_: int, question: str) -> tuple[int, Example]:
+    return id_, Example(id=str(id_), question=question, golden_answers=("x",), data_source="t")
+
+
+def rollout_of(engine: ScriptedEngine, tool: Tool) -> Rollout:
+    limits = replace(BASE, deadline_s=8.0)  # what is not aborted shows soon
+    protocol = Protocol(engine.tokenizer, limits)
+    return Rollout(engine=cast(Engine, engine), protocol=protocol, tool=tool, limits=limits, seed=0)
+
+
+def test_what_is_not_needed_is_aborted_and_left_out_as_a_whole(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of four groups two never end. The first to be complete is not enough, the second is."""
+    engine = Sluggish(tokenizer, [SEARCH, ANSWER])
+    finished: list[Trajectory] = []
+    complete: list[Group] = []
+
+    def is_enough(group: Group) -> bool:
+        complete.append(group)
+        return len(complete) == 2
+
+    questions = [ask(9, "quick"), ask(4, "slow"), ask(7, "quick"), ask(2, "slow")]
+    groups = asyncio.run(
+        rollout_of(engine, Library()).groups(
+            questions, group_size=3, sampling=SAMPLING, on_finish=finished.append, is_enough=is_enough
+        )
+    )
+    assert [group.id for group in groups] == [7, 9]  # in order
+    assert groups == sorted(complete, key=lambda group: group.id)
+    assert [len(group.trajectories) for group in groups] == [3, 3]
+    assert len(finished) == 6
+    assert engine.dropped == 6
+    alone = Sluggish(tokenizer, [SEARCH, ANSWER])
+    again = rollout_of(alone, Library()).groups([questions[2]], group_size=3, sampling=SAMPLING)
+    assert asyncio.run(again) == groups[:1]  # who else was aborted changes nothing
+
+
+def test_after_enough_nobody_is_asked_and_nothing_counts(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Groups that would end in the same turn of the loop are aborted like all others."""
+    engine = Sluggish(tokenizer, [ANSWER])
+    asked: list[int] = []
+
+    def is_enough(group: Group) -> bool:
+        asked.append(group.id)
+        return True
+
+    questions = [ask(n, "quick") for n in range(5)]
+    groups = asyncio.run(
+        rollout_of(engine, Library()).groups(questions, group_size=2, sampling=SAMPLING, is_enough=is_enough)
+    )
+    assert [group.id for group in groups] == asked
+    assert len(asked) == 1
+
+
+def test_nothing_is_aborted_where_all_is_needed(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = ScriptedEngine(tokenizer, [ANSWER])
+    complete: list[Group] = []
+
+    def is_enough(group: Group) -> bool:
+        complete.append(group)
+        return len(complete) == 3
+
+    rollout = rollout_of(engine, Library())
+    questions = [ask(n, "quick") for n in range(3)]
+    stopped = asyncio.run(rollout.groups(questions, group_size=2, sampling=SAMPLING, is_enough=is_enough))
+    requests, engine.requests = engine.requests, []
+    engine.turns.clear()
+    assert asyncio.run(rollout.groups(questions, group_size=2, sampling=SAMPLING)) == stopped
+    assert requests == engine.requests
+
+
+@contextmanager
+def search_server(asked: threading.Event, release: threading.Event) -> Iterator[str]:
+    """Tells when it is asked, and answers once it is released."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            queries = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["queries"]
+            asked.set()
+            release.wait(10)
+            documents = [[{"document": {"id": q, "contents": q}, "score": 1.0}] for q in queries]
+            self.reply({"result": documents})
+
+        def do_GET(self) -> None:
+            self.reply({})
+
+        def reply(self, record: object) -> None:
+            body = json.dumps(record).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        release.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.5])
+def test_searches_work_after_some_were_aborted(tokenizer: PreTrainedTokenizerFast, pause_s: float) -> None:
+    """An update of the policy may follow: the loop stands still for longer than a search may take."""
+    asked, release = threading.Event(), threading.Event()
+
+    class Bystander(ScriptedEngine):
+        async def generate(self, request: GenerationRequest) -> Generation:
+            if "idle" in self.tokenizer.decode(request.prompt_ids):
+                while not asked.is_set():
+                    await asyncio.sleep(0.005)
+                return Generation(token_ids=answer, logprobs=[0.0] * len(answer), finish=Finish.STOP)
+            return await super().generate(request)
+
+    answer = tokenizer.encode(ANSWER, add_special_tokens=False)
+    engine = Bystander(tokenizer, [SEARCH, ANSWER])
+    with search_server(asked, release) as url, asyncio.Runner() as runner:
+        retriever = HttpRetriever([url], timeout_s=0.4, deadline_s=5.0)
+        rollout = rollout_of(engine, SearchTool(retriever, top_k=1))
+        searching = [ask(n, "search") for n in range(20)]
+        groups = runner.run(
+            rollout.groups(
+                [*searching, ask(20, "idle")], group_size=2, sampling=SAMPLING, is_enough=lambda _: True
+            )
+        )
+        release.set()
+        time.sleep(pause_s)
+        engine.turns.clear()
+        later = runner.run(rollout.groups(searching, group_size=2, sampling=SAMPLING))
+        runner.run(retriever.aclose())
+    assert [group.id for group in groups] == [20]
+    assert [group.id for group in later] == list(range(20))
+    assert {t.outcome for group in later for t in group.trajectories} == {Outcome.ANSWERED}

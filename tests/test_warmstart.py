@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from searchrl.config import ConfigError, EpisodeConfig, WarmstartConfig
 from searchrl.protocol import Protocol
 from searchrl.trajectory import Document, Example, Provenance, Sample, ToolCall, ToolResult
-from searchrl.warmstart import WarmstartInputs, _demonstrations
+from searchrl.warmstart import WarmstartInputs, _demonstrations, publish
 
 GHANA = Document(id="1", contents='"Accra"\nAccra is the capital of Ghana.', score=1.0)
 YEAR = Document(id="2", contents='"Ghana"\nGhana became independent in 1957.', score=1.0)
@@ -110,3 +110,20 @@ def test_too_few_usable_questions_are_an_error_that_says_what_to_do(
 ) -> None:
     with pytest.raises(ConfigError, match=r"demonstrations=4 needs 3 .* 1 hop.* there are 1: lower it"):
         demonstrations(tokenizer, [one_hop(0), TWO_HOPS], WarmstartConfig(demonstrations=4))
+
+
+def test_of_two_runs_that_make_the_same_model_the_first_one_counts(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name, encoding="utf-8")
+        publish(tmp_path / name, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "config.json").read_text(encoding="utf-8") == "first"
+
+
+def test_a_model_is_not_published_over_something_else(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "notes.txt").touch()
+    (tmp_path / "partial").mkdir()
+    with pytest.raises(OSError, match="not empty"):
+        publish(tmp_path / "partial", tmp_path / "model")

@@ -1,4 +1,4 @@
-"""The trained policy under DeepSpeed ZeRO, and the frozen reference. The only module that touches DeepSpeed.
+"""The trained policy under DeepSpeed ZeRO, and the initial one. The only module that touches DeepSpeed.
 
 One optimizer step is: any number of ``backward`` passes over micro-batches, each loss a *sum* divided by the
 denominator of the whole global step, then ``step``. So gradients do not depend on how the work was cut.
@@ -9,16 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 
-from searchrl.algorithm.logprobs import HeadPositions, chunked_logprobs, head_positions
+from searchrl.algorithm.logprobs import HeadPositions, head_positions
 from searchrl.batching import MicroBatch, empty_microbatch
-from searchrl.config import DType, ModelConfig, OptimizerConfig, Schedule
+from searchrl.config import Attention, DType, ModelConfig, OptimizerConfig, Schedule
 from searchrl.distributed import World, reduce_values, seed_everything
+from searchrl.policy import (
+    PolicyModel,
+    Weight,
+    adapter_parameters,
+    adapters_off,
+    add_adapters,
+    checkpoint_weights,
+    load_model,
+    save_adapters,
+)
 
 SYNC_BUCKET_ELEMENTS = 64 * 2**20
 """Parameters gathered at one time when weights leave the actor under ZeRO-3."""
@@ -31,7 +41,7 @@ class TokenOutputs:
     logprobs: Tensor
     """fp32 [N] with gradient."""
     entropy: Tensor
-    """fp32 [N] in nats, without gradient."""
+    """fp32 [N] in nats; ``chunked_logprobs`` says whether with gradient."""
     positions: HeadPositions
     """Where they stand in the flattened micro-batch."""
     batch: MicroBatch
@@ -51,51 +61,6 @@ class StepStats:
     """Learning rate that was applied."""
 
 
-class PolicyModel(nn.Module):
-    """A causal language model that returns log-probabilities of loss tokens instead of logits."""
-
-    def __init__(self, model: nn.Module, *, temperature: float, chunk_size: int) -> None:
-        super().__init__()
-        self.model: Any = model
-        self.temperature = temperature
-        self.chunk_size = chunk_size
-
-    @property
-    def head(self) -> Any:
-        """The language-model head."""
-        return self.model.get_output_embeddings()
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor | None,
-        predictor: Tensor,
-        targets: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies of ``targets``.
-
-        Args:
-            input_ids: [B, T].
-            position_ids: [B, T], restarting at every packed trajectory.
-            attention_mask: bool [B, 1, T, T], or None: causal within what ``position_ids`` delimits.
-            predictor: [N] flat positions whose hidden state predicts a target.
-            targets: [N] token ids.
-
-        Returns:
-            fp32 [N], fp32 [N].
-        """
-        # Without a cache transformers derives the block-diagonal mask of packed rows from position_ids.
-        hidden = self.model.base_model(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
-        hidden = hidden.flatten(0, 1)[predictor]
-        head = self.head
-        return chunked_logprobs(
-            hidden, head.weight, getattr(head, "bias", None), targets, self.temperature, self.chunk_size
-        )
-
-
 def init_communication(world: World) -> None:
     """Start torch.distributed: gloo on the CPU, NCCL on GPUs. Must precede the engine."""
     if world.device == "cpu":
@@ -106,20 +71,11 @@ def init_communication(world: World) -> None:
     deepspeed.init_distributed(dist_backend="gloo" if world.device == "cpu" else "nccl", verbose=False)
 
 
-def _load_model(path: Path | str, dtype: DType) -> Any:
-    from transformers import AutoModelForCausalLM
+class ReferencePolicy(Protocol):
+    """What KL penalties compare the trained policy with: the initial one."""
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-
-
-def _load_partitioned(path: Path | str, dtype: DType, config: dict[str, Any]) -> Any:
-    """Load for ZeRO-3: parameters are split as they are read, and never whole on one rank."""
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-    keep_alive = HfDeepSpeedConfig(config)  # transformers looks for it through a weak reference
-    network = _load_model(path, dtype)
-    del keep_alive
-    return network
+    def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Log-probabilities of each micro-batch's loss tokens, fp32 [N] each. A collective."""
 
 
 class Actor:
@@ -142,7 +98,7 @@ class Actor:
 
         Args:
             path: local folder or hub name.
-            model: number format and checkpointing of activations.
+            model: number format, checkpointing of activations, attention kernels, adapters.
             optimizer: AdamW, which decays all parameters alike, and its schedule.
             zero_stage: 0 to 3.
             temperature: the sampling temperature, which the log-probabilities share.
@@ -156,21 +112,21 @@ class Actor:
         self._total_steps = total_steps
         self._world = world
         self._zero_stage = zero_stage
+        self._lora = model.lora
+        self._use_tree = _runs_on_trees(model)
         config = _deepspeed_config(model.dtype, zero_stage, optimizer.max_grad_norm, world)
-        network = (
-            _load_partitioned(path, model.dtype, config)
-            if zero_stage == 3
-            else _load_model(path, model.dtype)
-        )
+        network = load_model(path, model, zero3=config if zero_stage == 3 else None)
         if model.gradient_checkpointing:
             network.gradient_checkpointing_enable({"use_reentrant": False})
+        if model.lora.rank:
+            add_adapters(network, model.lora, seed=seed)
         self._policy = PolicyModel(network, temperature=temperature, chunk_size=logprob_chunk)
         if zero_stage == 3:  # the head's weight is used outside the head's own forward
             deepspeed.zero.register_external_parameter(self._policy, self._policy.head.weight)
         # One group on purpose: with several, ZeRO-1/2 links only the first to its parameters' state, and
         # whatever reads state by parameter (universal checkpoints, first_moments) fails.
         adamw = torch.optim.AdamW(
-            self._policy.parameters(),
+            [parameter for parameter in self._policy.parameters() if parameter.requires_grad],
             lr=optimizer.lr,
             betas=optimizer.betas,
             weight_decay=optimizer.weight_decay,
@@ -193,7 +149,7 @@ class Actor:
 
     def forward(self, batch: MicroBatch) -> TokenOutputs:
         """Log-probabilities of the micro-batch's loss tokens, with gradient."""
-        return _token_outputs(self._engine, batch.to(self._world.device))
+        return _token_outputs(self._engine, batch.to(self._world.device), self._use_tree)
 
     def update(
         self, batches: Sequence[MicroBatch], loss_sum: LossSum, *, denominator: float, step: int
@@ -233,44 +189,60 @@ class Actor:
             self._engine.empty_partition_cache()
         return outputs
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole parameters in checkpoint form, in module order; a tied head appears once. A collective.
+    def reference(self) -> ReferencePolicy:
+        """The initial policy: this network without its adapters, at no memory of its own.
 
-        Under ZeRO-3 a tensor is valid only until the next is asked for.
+        Raises:
+            ValueError: there are no adapters, so the initial policy is gone with the first step.
         """
-        named = list(self.network.named_parameters())
+        if not self._lora.rank:
+            raise ValueError("without adapters (model.lora) the actor is no reference; load a Reference")
+        return _AdaptersOff(self)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole weights in checkpoint form, adapters merged, in module order; a tied head appears once.
+
+        A collective. Under ZeRO-3 a tensor is valid only until the next is asked for.
+        """
+        weights = checkpoint_weights(self.network, self._lora)
         if self._zero_stage < 3:
-            yield from ((name, parameter.data) for name, parameter in named)
+            yield from ((weight.name, weight.merged()) for weight in weights)
             return
-        for bucket in _buckets(named, SYNC_BUCKET_ELEMENTS):
-            with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
-                yield from ((name, parameter.data) for name, parameter in bucket)
+        for bucket in _buckets(weights, SYNC_BUCKET_ELEMENTS):
+            parameters = [parameter for weight in bucket for parameter in weight.parameters]
+            with deepspeed.zero.GatheredParameters(parameters):
+                yield from ((weight.name, weight.merged()) for weight in bucket)
 
     def first_moments(self) -> dict[str, Tensor]:
-        """AdamW's whole first moments in fp32, by parameter name. A collective.
+        """AdamW's whole first moments in fp32, by name of the trained parameter. A collective.
 
         After the first step they are (1 - β1) × the clipped gradient: how tests and diagnosis read gradients
         alike at every ZeRO stage.
         """
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        trained = [(name, p) for name, p in self.network.named_parameters() if p.requires_grad]
         if self._clip is not None:
             state = self._engine.optimizer.state
-            return {name: state[p]["exp_avg"].clone() for name, p in self.network.named_parameters()}
-        return {
-            name: safe_get_full_optimizer_state(parameter, "exp_avg").clone()
-            for name, parameter in self.network.named_parameters()
-        }
+            return {name: state[p]["exp_avg"].clone() for name, p in trained}
+        return {name: safe_get_full_optimizer_state(p, "exp_avg").clone() for name, p in trained}
 
     def save(self, folder: Path, state: dict[str, object]) -> None:
-        """Write weights and optimizer state, with ``state`` beside them. A collective."""
-        self._engine.save_checkpoint(str(folder), tag="actor", client_state=state, save_latest=False)
+        """Write what is trained and the optimizer's state, with ``state`` beside them. A collective."""
+        self._engine.save_checkpoint(
+            str(folder),
+            tag="actor",
+            client_state=state,
+            save_latest=False,
+            exclude_frozen_parameters=True,
+        )
 
     def load(self, folder: Path) -> dict[str, object]:
         """Read what ``save`` wrote and return its ``state``. A collective.
 
         Raises:
             FileNotFoundError: there is no checkpoint in ``folder``.
+            RuntimeError: it holds other tensors than are trained here.
         """
         path, state = self._engine.load_checkpoint(str(folder), tag="actor")
         if path is None:
@@ -278,7 +250,10 @@ class Actor:
         return dict(state)
 
     def export(self, folder: Path, tokenizer: Any) -> None:
-        """Write a Hugging Face model folder that transformers and vLLM load. A collective."""
+        """Write a Hugging Face model folder that transformers and vLLM load. A collective.
+
+        Adapters are merged into it, and written to ``adapter`` inside it in peft's own format as well.
+        """
         from safetensors.torch import save_file
 
         weights = {}
@@ -292,10 +267,16 @@ class Actor:
             if self.network.generation_config is not None:
                 self.network.generation_config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+        adapters = dict(adapter_parameters(self.network))
+        with deepspeed.zero.GatheredParameters(list(adapters.values()), enabled=self._zero_stage == 3):
+            if self._world.is_main and adapters:
+                save_adapters(
+                    self.network, folder / "adapter", {name: p.detach().cpu() for name, p in adapters.items()}
+                )
 
 
 class Reference:
-    """The frozen initial policy, loaded only when a KL term needs it."""
+    """The frozen initial policy as a model of its own, whole on every rank."""
 
     def __init__(
         self,
@@ -306,14 +287,29 @@ class Reference:
         logprob_chunk: int,
         world: World,
     ) -> None:
-        network = _load_model(path, model.dtype).to(world.device).eval().requires_grad_(False)
+        network = load_model(path, model).to(world.device).eval().requires_grad_(False)
         self._policy = PolicyModel(network, temperature=temperature, chunk_size=logprob_chunk)
         self._world = world
+        self._use_tree = _runs_on_trees(model)
 
     @torch.no_grad()
-    def logprobs(self, batch: MicroBatch) -> Tensor:
-        """Log-probabilities of the micro-batch's loss tokens, fp32 [N]."""
-        return _token_outputs(self._policy, batch.to(self._world.device)).logprobs
+    def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Log-probabilities of each micro-batch's loss tokens, fp32 [N] each."""
+        return [
+            _token_outputs(self._policy, batch.to(self._world.device), self._use_tree).logprobs
+            for batch in batches
+        ]
+
+
+@dataclass(slots=True, frozen=True)
+class _AdaptersOff:
+    """See ``Actor.reference``."""
+
+    actor: Actor
+
+    def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        with adapters_off(self.actor.network):
+            return self.actor.logprobs(batches)
 
 
 class _Clip:
@@ -329,10 +325,15 @@ class _Clip:
         self.norm = float(nn.utils.clip_grad_norm_(parameters, self._max_norm))
 
 
-def _token_outputs(module: Any, batch: MicroBatch) -> TokenOutputs:
+def _runs_on_trees(model: ModelConfig) -> bool:
+    """FlashAttention takes no mask: it runs the packed row itself, whose position_ids delimit sequences."""
+    return model.attention is Attention.sdpa
+
+
+def _token_outputs(module: Any, batch: MicroBatch, use_tree: bool = True) -> TokenOutputs:
     positions = head_positions(batch.loss_mask, batch.segment_ids)
     targets = batch.input_ids.flatten()[positions.token]
-    if batch.tree is None:
+    if batch.tree is None or not use_tree:
         logprobs, entropy = module(batch.input_ids, batch.position_ids, None, positions.predictor, targets)
     else:  # the model runs on the distinct prefixes only
         tree = batch.tree
@@ -368,15 +369,16 @@ def _deepspeed_config(dtype: DType, zero_stage: int, max_grad_norm: float, world
     }
 
 
-def _buckets(named: Sequence[tuple[str, Any]], max_elements: int) -> Iterator[list[tuple[str, Any]]]:
-    """Consecutive parameters of together at most ``max_elements``, at least one a bucket."""
-    bucket: list[tuple[str, Any]] = []
+def _buckets(weights: Sequence[Weight], max_elements: int) -> Iterator[list[Weight]]:
+    """Consecutive weights of together at most ``max_elements`` parameters, at least one weight a bucket."""
+    bucket: list[Weight] = []
     size = 0
-    for name, parameter in named:
-        if bucket and size + parameter.ds_numel > max_elements:
+    for weight in weights:
+        elements = sum(parameter.ds_numel for parameter in weight.parameters)
+        if bucket and size + elements > max_elements:
             yield bucket
             bucket, size = [], 0
-        bucket.append((name, parameter))
-        size += parameter.ds_numel
+        bucket.append(weight)
+        size += elements
     if bucket:
         yield bucket

@@ -17,8 +17,9 @@ Example, two trajectories packed into one row::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -94,6 +95,17 @@ class MicroBatch:
         first = [sum(counts[:row]) for row in range(len(counts))]
         return self.segment_ids + torch.tensor(first, device=self.segment_ids.device).unsqueeze(1)
 
+    def split(self, values: Tensor) -> dict[str, Tensor]:
+        """Values of the N loss tokens, [N], by sample id; ``join`` is the inverse."""
+        index = self.trajectory_index[self.loss_mask]
+        counts = torch.bincount(index, minlength=len(self.trajectory_ids)).tolist()
+        return dict(zip(self.trajectory_ids, values.split(counts), strict=True))
+
+    def join(self, values: Mapping[str, Tensor]) -> Tensor:
+        """[N] values of the loss tokens, which stand sample by sample, from those of each sample."""
+        parts = [values[sample_id] for sample_id in self.trajectory_ids]
+        return torch.cat(parts) if parts else self.sampling_logprobs.new_zeros(0)
+
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch with its tensors on ``device``."""
         return MicroBatch(
@@ -108,20 +120,23 @@ class MicroBatch:
         )
 
 
-def pack(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:
+def pack(samples: Sequence[Sample], max_tokens: int, *, share_prefixes: bool = True) -> list[MicroBatch]:
     """Pack whole trajectories into rows of at most ``max_tokens``: first fit decreasing, a row a micro-batch.
 
     Trajectories with the same prompt travel together and share their prefixes (see :class:`PrefixTree`); what
     counts against ``max_tokens`` is what the model computes. A trajectory longer than ``max_tokens`` gets a
     row of its own. The fullest rows come first, so that running out of memory shows at once; within a row,
-    samples keep their order. On a CPU attention costs T² a row: keep ``max_tokens`` near 512.
+    samples keep their order. On a CPU attention costs T² a row: keep ``max_tokens`` near 512. Without
+    ``share_prefixes`` every trajectory counts whole: for attention kernels that take no mask.
 
     Raises:
         ValueError: ``max_tokens`` is not positive, or a sample is empty or has other than one log-probability
             a token.
     """
-    _checked_lengths(samples, max_tokens)
-    units, sizes = _units(samples, max_tokens)
+    lengths = _checked_lengths(samples, max_tokens)
+    units, sizes = [[index] for index in range(len(samples))], lengths
+    if share_prefixes:
+        units, sizes = _units(samples, max_tokens)
     rows: list[list[int]] = []
     room: list[int] = []
     for number in _longest_first(sizes):
@@ -131,7 +146,8 @@ def pack(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:
             room.append(max_tokens)
         rows[row] += units[number]
         room[row] -= sizes[number]
-    return [_build_shared([samples[index] for index in sorted(row)]) for row in rows]
+    contents = [[samples[index] for index in sorted(row)] for row in rows]
+    return [_build_shared(row) if share_prefixes else _build([row]) for row in contents]
 
 
 def pad(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:
@@ -151,6 +167,25 @@ def pad(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:
         else:
             batches.append([index])
     return [_build([[samples[index]] for index in sorted(batch)]) for batch in batches]
+
+
+def split_minibatches(samples: Sequence[Sample], count: int) -> list[list[Sample]]:
+    """At most ``count`` parts for as many optimizer steps: whole groups, in order, as evenly as they divide.
+
+    Groups are told by the part of a sample's id before the slash. Fewer groups give fewer parts.
+
+    Raises:
+        ValueError: ``count`` is not positive.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.id.partition("/")[0], []).append(sample)
+    members = list(groups.values())
+    count = min(count, len(members))
+    edges = [len(members) * part // count for part in range(count + 1)] if count else [0]
+    return [[sample for group in members[start:end] for sample in group] for start, end in pairwise(edges)]
 
 
 def balance(samples: Sequence[Sample], world_size: int) -> list[list[Sample]]:

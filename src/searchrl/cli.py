@@ -102,7 +102,8 @@ def _explain(error: Exception, overrides: Sequence[str], schema: type) -> str:
     known = _keys(schema)
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
-        if key not in known and not key.startswith("experiment"):
+        free = key.rpartition(".")[0].endswith(".kwargs")  # a custom function's own arguments
+        if key not in known and not free and not key.startswith("experiment"):
             near = difflib.get_close_matches(key, known, n=1)
             lines.append(f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     return "\n".join(lines)

@@ -134,6 +134,11 @@ class Engine:
                 self._cancelled.append(request_id)
             raise
 
+    async def drain(self) -> None:
+        """Wait until the engine is at rest: it drops cancelled requests only at its next step."""
+        while self._driver is not None and not self._driver.done():
+            await asyncio.wait([self._driver])
+
     async def _drive(self) -> None:
         """Step the engine until nobody waits. An error of the engine reaches everybody who waits."""
         loop = asyncio.get_running_loop()

@@ -95,10 +95,8 @@ def evaluate(
     Returns:
         Results in the order of ``examples``, on every rank.
     """
-    mine = list(examples[world.rank :: world.size])
-    groups = runner.run(
-        rollout.groups(mine, first_group=0, group_size=1, sampling=_GREEDY, on_finish=on_finish)
-    )
+    mine = list(enumerate(examples[world.rank :: world.size]))
+    groups = runner.run(rollout.groups(mine, group_size=1, sampling=_GREEDY, on_finish=on_finish))
     scored = [score_group(group, RewardKind.em, eos_text) for group in groups]
     if log is not None:
         write_trajectories(log, scored)

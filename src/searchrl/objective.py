@@ -1,4 +1,4 @@
-"""From scored groups to what an optimizer step minimises: the importance-corrected clip loss.
+"""What an optimizer step minimises: the policy loss, importance-weighted, with its penalties, aggregated.
 
 Glue between the pure functions of ``algorithm`` and the actor: gathers what each loss token needs out of the
 micro-batch, and adds up metrics so that one reduction a step is exact.
@@ -6,104 +6,157 @@ micro-batch, and adds up metrics so that one reduction a step is exact.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from searchrl.actor import Reference, TokenOutputs
-from searchrl.algorithm.advantages import group_advantages
-from searchrl.algorithm.importance import (
-    MAX_KEYS,
-    SUM_KEYS,
-    ImportanceTotals,
-    truncated_importance_weights,
-)
-from searchrl.algorithm.losses import LossInputs, clip_loss
+from searchrl.actor import TokenOutputs
+from searchrl.algorithm.aggregation import token_weights
+from searchrl.algorithm.importance import CustomWeights, ImportanceInputs, NonFiniteError, correct
+from searchrl.algorithm.losses import CustomLoss, LossInputs, kl_penalty, llds_penalty, policy_loss
+from searchrl.algorithm.mismatch import MAX_KEYS, SUM_KEYS, ImportanceTotals, measure
 from searchrl.config import ImportanceConfig, LossConfig
-from searchrl.distributed import reduce_values
-from searchrl.rewards import ScoredGroup
-from searchrl.trajectory import Sample
-
-LOSS_KEYS = ("tokens", "policy_loss", "clip_low", "clip_high", "policy_k3", "ref_k3", "entropy")
+from searchrl.distributed import gather_objects, reduce_values
 
 
-def to_samples(scored: Sequence[ScoredGroup]) -> list[Sample]:
-    """Survivors of groups with a signal, with group-relative advantages.
+@dataclass(kw_only=True, slots=True)
+class KnownTerms:
+    """What is known of this rank's samples before the first backward pass: fp32 by sample id, [S] each.
 
-    Groups whose rewards do not vary leave numerator and denominator alike: they are not even computed.
+    A mapping is None if its values are not needed, or are only known as micro-batches come by.
     """
-    samples = []
-    for item in scored:
-        advantages = group_advantages([reward.total for _, _, reward in item.survivors])
-        if advantages is not None:
-            samples += [
-                Sample(trajectory=trajectory, advantage=advantage, id=f"{item.group.id}/{index}")
-                for (index, trajectory, _), advantage in zip(item.survivors, advantages, strict=True)
-            ]
-    return samples
+
+    old_logprobs: Mapping[str, Tensor] | None
+    """logπ_old; None: it is not needed, because the current policy is π_old throughout."""
+    ref_logprobs: Mapping[str, Tensor] | None
+    """logπ_ref."""
+    weights: Mapping[str, Tensor] | None
+    """Importance weights, normalised; None: each micro-batch computes its own."""
+    keep: Mapping[str, Tensor] | None
+    """bool: not dropped by the correction; goes with ``weights``."""
 
 
-@dataclass(slots=True)
+@dataclass(kw_only=True, slots=True)
 class PolicyObjective:
-    """Callable for ``Actor.update``; one instance per optimizer step, whose totals it collects."""
+    """Callable for ``Actor.update``; one a rollout, whose totals it collects over all its steps."""
 
     loss: LossConfig
     importance: ImportanceConfig
-    reference: Reference | None
-    importance_totals: ImportanceTotals = field(default_factory=ImportanceTotals.empty)
-    loss_totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LOSS_KEYS, 0.0))
+    constant_length: int
+    """L of ``loss.aggregation=constant``."""
+    custom_loss: CustomLoss | None
+    custom_weights: CustomWeights | None
+    known: KnownTerms
+    old_is_current: bool
+    """π_old is the trainer's and no optimizer step has been made: the current policy *is* π_old. Recomputed
+    values differ from it by rounding, which LLDS would take for likelihood that fell."""
+    importance_totals: ImportanceTotals
+    """Of this rank's samples: measured before the update if corrections are known by then, else during it."""
+    sums: dict[str, float] = field(default_factory=dict)
+    """Loss metrics summed over kept tokens."""
+    loss_sum: float = 0.0
+    """This rank's share of the loss of the current optimizer step, times its denominator."""
 
     def __call__(self, outputs: TokenOutputs) -> Tensor:
-        """The micro-batch's loss summed over its tokens.
-
-        The update is strictly on-policy (one optimizer step a rollout), so π_old is the detached current
-        policy and costs no forward pass of its own.
-        """
+        """The micro-batch's loss summed over its tokens; for the denominator see ``update.Update``."""
         batch, token = outputs.batch, outputs.positions.token
-        old_logprobs = outputs.logprobs.detach()
-        sampling_logprobs = batch.sampling_logprobs.flatten()[token]
-        weights, totals = truncated_importance_weights(
-            old_logprobs,
-            sampling_logprobs,
-            batch.trajectory_index.flatten()[token],
-            batch.trajectory_ids,
-            hi=self.importance.hi or 2.0,
-        )
+        index = batch.trajectory_index.flatten()[token]
+        weights, keep = self._correction(outputs, index)
         inputs = LossInputs(
             logprobs=outputs.logprobs,
-            old_logprobs=old_logprobs,
-            sampling_logprobs=sampling_logprobs,
-            ref_logprobs=None if self.reference is None else self.reference.logprobs(batch),
+            old_logprobs=self._old_logprobs(outputs),
             advantages=batch.advantages.flatten()[token],
-            weights=weights if self.importance.enabled else torch.ones_like(weights),
+            trajectory_index=index,
+            turn_index=_turn_index(token),
         )
-        result = clip_loss(
-            inputs, eps_low=self.loss.eps_low, eps_high=self.loss.eps_high, kl_coef=self.loss.kl_coef
-        )
-        self.importance_totals = self.importance_totals.merge(totals)
-        terms = result.metrics | {"entropy": outputs.entropy.sum()}
-        for key in LOSS_KEYS:
-            if key in terms:  # reference metrics exist only with a reference
-                self.loss_totals[key] += float(terms[key])
-        return result.loss_sum
+        result = policy_loss(inputs, self.loss, self.custom_loss)
+        losses = result.token_losses * weights
+        metrics = result.metrics | {"policy_loss": losses.detach(), "entropy": outputs.entropy.detach()}
+        if self.known.ref_logprobs is not None:
+            ref_logprobs = batch.join(self.known.ref_logprobs)
+            kl = kl_penalty(outputs.logprobs, ref_logprobs, self.loss.kl_estimator)
+            metrics["ref_kl"] = kl.detach()
+            losses = losses + self.loss.kl_coef * kl
+        if self.loss.entropy_coef:
+            losses = losses - self.loss.entropy_coef * outputs.entropy
+        if self.loss.llds_coef:
+            penalty = llds_penalty(inputs)
+            metrics["llds"] = penalty.detach()
+            losses = losses + self.loss.llds_coef * penalty
+        counted = torch.ones_like(keep) if self.importance.dropped_in_denominator else keep
+        shares = token_weights(self.loss.aggregation, counted, index, self.constant_length)
+        total = (losses * shares * keep).sum()
+        self._add(metrics, keep, total.detach())
+        if not math.isfinite(self.loss_sum):
+            bad = sorted(set(index[~torch.isfinite(losses.detach())].tolist()))
+            names = ", ".join(batch.trajectory_ids[number] for number in bad)
+            raise NonFiniteError(f"the loss is NaN or infinite in trajectories {names}")
+        return total
 
     def metrics(self) -> dict[str, float]:
-        """Means over the whole step, all ranks included. A collective."""
-        names = [*SUM_KEYS, *LOSS_KEYS]
-        sums = reduce_values(
-            [*(self.importance_totals.sums[k] for k in SUM_KEYS), *self.loss_totals.values()], "sum"
+        """``loss/*``: means over kept tokens of all optimizer steps and ranks; ``tis/*``. A collective."""
+        sums = merge_sums(gather_objects(self.sums))
+        tokens = sums.pop("tokens", 0.0)
+        means = {f"loss/{name}": value / tokens for name, value in sums.items()} if tokens else {}
+        return means | reduce_totals(self.importance_totals).finalize()
+
+    def _old_logprobs(self, outputs: TokenOutputs) -> Tensor:
+        """logπ_old [N]."""
+        known = self.known.old_logprobs
+        if self.old_is_current or known is None:
+            return outputs.logprobs.detach()
+        return outputs.batch.join(known)
+
+    def _correction(self, outputs: TokenOutputs, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and what is kept: as known, or from the micro-batch's own tokens."""
+        batch, known = outputs.batch, self.known
+        if known.weights is not None and known.keep is not None:
+            return batch.join(known.weights), batch.join(known.keep)
+        inputs = ImportanceInputs(
+            old_logprobs=outputs.logprobs.detach(),
+            sampling_logprobs=batch.sampling_logprobs.flatten()[outputs.positions.token],
+            trajectory_index=index,
+            trajectory_ids=batch.trajectory_ids,
         )
-        maxima = reduce_values([self.importance_totals.maxima[key] for key in MAX_KEYS], "max")
-        loss = dict(zip(names[len(SUM_KEYS) :], sums[len(SUM_KEYS) :], strict=True))
-        totals = ImportanceTotals(
-            sums=dict(zip(SUM_KEYS, sums[: len(SUM_KEYS)], strict=True)),
-            maxima=dict(zip(MAX_KEYS, maxima, strict=True)),
-        )
-        tokens = loss.pop("tokens")
-        if tokens == 0:
-            return {}
-        if self.reference is None:
-            del loss["ref_k3"]
-        return {f"loss/{key}": value / tokens for key, value in loss.items()} | totals.finalize()
+        correction = correct(inputs, self.importance, self.custom_weights)
+        self.importance_totals = self.importance_totals.merge(measure(inputs, correction))
+        return correction.weights, correction.keep
+
+    def _add(self, metrics: Mapping[str, Tensor], keep: Tensor, total: Tensor) -> None:
+        """Add to ``sums`` and ``loss_sum``, in one transfer: on a GPU each waits for the device."""
+        named = {**metrics, "tokens": torch.ones_like(keep)}
+        terms = [(term * keep).sum(dtype=torch.float64) for term in named.values()]
+        *values, loss = torch.stack([*terms, total.double()]).tolist()
+        self.sums = merge_sums([self.sums, dict(zip(named, values, strict=True))])
+        self.loss_sum += loss
+
+
+def reduce_totals(totals: ImportanceTotals) -> ImportanceTotals:
+    """The totals of all ranks together. A collective."""
+    sums = reduce_values([totals.sums[key] for key in SUM_KEYS], "sum")
+    maxima = reduce_values([totals.maxima[key] for key in MAX_KEYS], "max")
+    return ImportanceTotals(
+        sums=dict(zip(SUM_KEYS, sums, strict=True)), maxima=dict(zip(MAX_KEYS, maxima, strict=True))
+    )
+
+
+def merge_sums(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Sums by name of several parts; a name may be missing in some."""
+    merged: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            merged[name] = merged.get(name, 0.0) + value
+    return merged
+
+
+def _turn_index(token: Tensor) -> Tensor:
+    """Turns of the loss tokens at flat positions ``token`` [N], counted through the micro-batch.
+
+    Something that was not sampled stands before every turn: a prompt, an observation, an inserted note.
+    """
+    starts = torch.ones_like(token)
+    starts[1:] = token[1:] != token[:-1] + 1
+    return starts.cumsum(0) - 1

@@ -45,6 +45,9 @@ def _add_trajectory(
     tally.add("loss_mask/observation_fraction", observed, response)
     tally.add("rollout/response_tokens", response)
     tally.add("rollout/sampled_tokens", trajectory.num_sampled)
+    # What ``filters`` would drop, whether it is turned on or not.
+    tally.add("filter/overlong", float(trajectory.is_overlong))
+    tally.add("filter/void_turns", float(trajectory.has_void_turn))
     tally.add("retrieval/hit", float(reward.retrieval_hit))
     if reward.evidence is not None:
         tally.add("retrieval/evidence", float(reward.evidence))

@@ -6,9 +6,10 @@ be rewarded; the prompt contains example tags and is never scored.
 
 from __future__ import annotations
 
+import math
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from searchrl.config import RewardKind
@@ -96,12 +97,29 @@ class Reward:
     """See ``has_evidence``."""
 
 
-def score(trajectory: Trajectory, example: Example, kind: RewardKind, eos_text: str) -> Reward:
+CustomReward = Callable[[Trajectory, Example], float]
+"""A reward of the user's own: what a trajectory earns in all."""
+
+
+def score(
+    trajectory: Trajectory,
+    example: Example,
+    kind: RewardKind,
+    eos_text: str,
+    custom: CustomReward | None = None,
+) -> Reward:
     """Score one trajectory.
 
+    Args:
+        trajectory: the finished episode.
+        example: its question.
+        kind: the preset.
+        eos_text: the end-of-message token as text.
+        custom: the function that ``kind=custom`` stands for.
+
     Raises:
-        ValueError: the trajectory is void: a failure is never a reward of 0; or the preset pays for evidence
-            that the question does not name.
+        ValueError: the trajectory is void: a failure is never a reward of 0; the preset pays for evidence
+            that the question does not name; or a custom reward is no finite number.
     """
     if trajectory.outcome.is_void:
         raise ValueError(
@@ -111,17 +129,25 @@ def score(trajectory: Trajectory, example: Example, kind: RewardKind, eos_text: 
     valid = is_valid_format(trajectory, eos_text)
     evidence = has_evidence(trajectory, example)
     format_credit = evidence_credit = 0.0
+    total = matched
     match kind:
         case RewardKind.em:
             pass
+        case RewardKind.custom:
+            assert custom is not None  # loaded wherever the kind is custom
+            total = float(custom(trajectory, example))
+            if not math.isfinite(total):
+                raise ValueError(f"the custom reward of question {example.id} is {total}")
         case RewardKind.em_plus_format:
             format_credit = FORMAT_CREDIT * valid
+            total += format_credit
         case RewardKind.em_plus_evidence:
             if evidence is None:
                 raise ValueError(f"question {example.id} names no metadata.gold_passages to reward")
             evidence_credit = EVIDENCE_CREDIT * evidence
+            total += evidence_credit
     return Reward(
-        total=matched + format_credit + evidence_credit,
+        total=total,
         exact_match=matched,
         format_credit=format_credit,
         evidence_credit=evidence_credit,
@@ -146,10 +172,12 @@ class ScoredGroup:
         return [(i, trajectory, reward) for i, (trajectory, reward) in enumerate(pairs) if reward is not None]
 
 
-def score_group(group: Group, kind: RewardKind, eos_text: str) -> ScoredGroup:
-    """Score every trajectory that is not void."""
+def score_group(
+    group: Group, kind: RewardKind, eos_text: str, custom: CustomReward | None = None
+) -> ScoredGroup:
+    """Score every trajectory that is not void; arguments as for ``score``."""
     rewards = [
-        None if trajectory.outcome.is_void else score(trajectory, group.example, kind, eos_text)
+        None if trajectory.outcome.is_void else score(trajectory, group.example, kind, eos_text, custom)
         for trajectory in group.trajectories
     ]
     return ScoredGroup(group=group, rewards=rewards)

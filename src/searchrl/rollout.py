@@ -26,46 +26,57 @@ class Rollout:
 
     async def groups(
         self,
-        examples: Sequence[Example],
+        questions: Sequence[tuple[int, Example]],
         *,
-        first_group: int,
         group_size: int,
         sampling: SamplingConfig,
         on_finish: Callable[[Trajectory], None] = lambda _: None,
+        is_enough: Callable[[Group], bool] = lambda _: False,
     ) -> list[Group]:
-        """``group_size`` concurrent episodes for every example.
+        """``group_size`` concurrent episodes for every question.
 
         Args:
-            examples: one per group.
-            first_group: id of the first group; the others count up from it.
-            group_size: episodes per example.
+            questions: group ids with their examples; an id fixes what its group samples.
+            group_size: episodes per question.
             sampling: the distribution sampled from; temperature 0 is greedy.
             on_finish: called with each trajectory as it ends.
+            is_enough: called with each group as its last episode ends; True aborts all groups that still run.
+
+        Returns:
+            The complete groups in the order of their ids. An aborted group is left out as a whole.
 
         Raises:
             TimeoutError: episodes were still running after ``episode.deadline_s``.
         """
+        complete: list[Group] = []
+        running: list[asyncio.Task[None]] = []
 
         async def one(group_id: int, index: int, example: Example) -> Trajectory:
             trajectory = await self.episode(example, sampling, key=f"{group_id}/{index}")
             on_finish(trajectory)
             return trajectory
 
+        async def play(group_id: int, example: Example) -> None:
+            async with asyncio.TaskGroup() as tasks:
+                row = [tasks.create_task(one(group_id, i, example)) for i in range(group_size)]
+            group = Group(id=group_id, example=example, trajectories=[task.result() for task in row])
+            complete.append(group)
+            if is_enough(group):
+                for task in running:  # this one too, which is at its end
+                    task.cancel()
+
         try:
-            async with asyncio.timeout(self.limits.deadline_s), asyncio.TaskGroup() as tasks:
-                running = [
-                    [tasks.create_task(one(first_group + g, i, example)) for i in range(group_size)]
-                    for g, example in enumerate(examples)
-                ]
+            async with asyncio.timeout(self.limits.deadline_s):
+                async with asyncio.TaskGroup() as tasks:
+                    running += [tasks.create_task(play(*question)) for question in questions]
+                if len(complete) < len(questions):
+                    await self.engine.drain()
         except TimeoutError as error:
             raise TimeoutError(
                 f"episodes were still running after episode.deadline_s={self.limits.deadline_s:g} seconds; "
                 "raise it, or lower groups_per_step or the token limits"
             ) from error
-        return [
-            Group(id=first_group + g, example=example, trajectories=[task.result() for task in row])
-            for g, (example, row) in enumerate(zip(examples, running, strict=True))
-        ]
+        return sorted(complete, key=lambda group: group.id)
 
     async def episode(self, example: Example, sampling: SamplingConfig, *, key: str) -> Trajectory:
         """One episode, PROTOCOL §1. ``key`` names it and, with the run's seed, fixes its sampling."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from searchrl.actor import Actor, Reference, StepStats
-from searchrl.batching import balance, count_loss_tokens, pack
+from searchrl.actor import Actor, Reference, ReferencePolicy
 from searchrl.checkpoint import Checkpoints
-from searchrl.config import Config, Device
+from searchrl.collect import Collected, collect
+from searchrl.config import Config, Device, KlPlacement
 from searchrl.data.sampler import Sampler
 from searchrl.distributed import gather_objects, reduce_values
 from searchrl.environment import matmul_gflops
@@ -26,13 +26,14 @@ from searchrl.evaluate import (
     save_results,
     table_rows,
 )
-from searchrl.metrics import Clock, MetricLog
-from searchrl.objective import PolicyObjective, to_samples
+from searchrl.metrics import Clock, MetricLog, Tally
 from searchrl.records import rollout_tally, write_trajectories
 from searchrl.retrieval.meter import merge_stats
-from searchrl.rewards import ScoredGroup, score_group
+from searchrl.rewards import ScoredGroup
+from searchrl.samples import to_samples, unscored_samples
 from searchrl.setup import Run, make_actor, open_run
-from searchrl.trajectory import Sample
+from searchrl.trajectory import Example, Group, Sample
+from searchrl.update import apply_update, prepare_update, reward_penalties
 from searchrl.weight_sync import WeightSync
 
 
@@ -50,7 +51,7 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
     with open_run(cfg) as run:
         env = run.env
         actor = make_actor(run)
-        reference = _reference(run)
+        reference = _reference(run, actor)
         sampler = _sampler(run)
         checkpoints = Checkpoints(folder=env.run_dir / "checkpoints", keep=cfg.saving.keep, world=env.world)
         sync = _weight_sync(run, actor)
@@ -63,15 +64,15 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
         for step in range(start, cfg.steps):
             clock = Clock()
             with clock("rollout"):
-                scored = _rollout(run, sampler, step)
-            samples = to_samples(scored)
+                collected = _rollout(run, sampler, step)
+            with clock("logprob"):
+                samples, penalized = _samples(run, actor, reference, collected.chosen)
+                update = prepare_update(actor, reference, samples, cfg=cfg, world=env.world)
             with clock("update"):
-                update, objective = _update(run, actor, reference, samples, step)
+                updated = apply_update(update, actor, epochs=cfg.update.epochs, step=step)
             with clock("sync"):
                 synced = sync(env.runner, version=step + 1)
-            metrics = _step_metrics(run, scored, samples) | objective.metrics() | synced.metrics()
-            if update is not None:
-                metrics |= {"update/grad_norm": update.grad_norm, "update/lr": update.lr}
+            metrics = _step_metrics(run, collected, samples) | penalized | updated | synced.metrics()
             metrics |= clock.metrics() | _machine_metrics(cfg)
             if cfg.eval.every and (step + 1) % cfg.eval.every == 0 and step + 1 < cfg.steps:
                 metrics |= eval_metrics(_evaluate(run, step + 1, cfg.eval.interim_questions))
@@ -92,37 +93,60 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
         return final
 
 
-def _rollout(run: Run, sampler: Sampler, step: int) -> list[ScoredGroup]:
+def _rollout(run: Run, sampler: Sampler, step: int) -> Collected:
     """This rank's groups of the step, scored."""
-    cfg, world = run.env.cfg, run.env.world
+    cfg, world, env = run.env.cfg, run.env.world, run.env
+    env.searches.take()  # those of evaluations and of the warm start are not this step's
     share = cfg.groups_per_step // world.size
-    run.env.searches.take()  # those of evaluations and of the warm start are not this step's
-    with run.env.console.progress(f"step {step + 1} episodes", share * cfg.group_size) as advance:
-        groups = run.env.runner.run(
-            run.rollout.groups(
-                sampler.take(),
-                first_group=step * cfg.groups_per_step + world.rank * share,
-                group_size=cfg.group_size,
-                sampling=cfg.sampling,
-                on_finish=advance,
+    with env.console.progress(f"step {step + 1} episodes", share * cfg.group_size) as advance:
+
+        def play(questions: Sequence[tuple[int, Example]], is_enough: Callable[[Group], bool]) -> list[Group]:
+            return env.runner.run(
+                run.rollout.groups(
+                    questions,
+                    group_size=cfg.group_size,
+                    sampling=cfg.sampling,
+                    on_finish=advance,
+                    is_enough=is_enough,
+                )
             )
+
+        collected = collect(
+            sampler, play, env.score, groups_per_step=cfg.groups_per_step, resampling=cfg.resampling
         )
-    scored = [score_group(group, cfg.reward.kind, run.env.protocol.eos_text) for group in groups]
     name = f"step-{step + 1:06d}.rank{world.rank}.jsonl"
-    write_trajectories(run.env.run_dir / "trajectories" / name, scored)
-    errors = [str(t.error) for item in scored for t in item.group.trajectories if t.outcome.is_void]
-    _check_failures(run, errors, share * cfg.group_size * world.size)
-    return scored
+    write_trajectories(env.run_dir / "trajectories" / name, collected.scored)
+    trajectories = [t for item in collected.scored for t in item.group.trajectories]
+    _check_failures(run, [str(t.error) for t in trajectories if t.outcome.is_void], len(trajectories))
+    return collected
 
 
-def _check_failures(run: Run, errors: Sequence[str], total: int) -> None:
+def _samples(
+    run: Run, actor: Actor, reference: ReferencePolicy | None, scored: Sequence[ScoredGroup]
+) -> tuple[list[Sample], dict[str, float]]:
+    """This rank's samples with their advantages, and metrics of a KL penalty in the reward."""
+    cfg, world = run.env.cfg, run.env.world
+    penalties: dict[str, float] = {}
+    if reference is not None and cfg.loss.kl_in is KlPlacement.reward:
+        penalties = reward_penalties(actor, reference, unscored_samples(scored), cfg=cfg, world=world)
+    tally = Tally()
+    for penalty in penalties.values():
+        tally.add("reward/kl_penalty", penalty)
+    samples = to_samples(
+        scored, advantage=cfg.advantage, filters=cfg.filters, world=world, penalties=penalties
+    )
+    return samples, tally.reduce()
+
+
+def _check_failures(run: Run, errors: Sequence[str], count: int) -> None:
     """Stop when searches fail too often: what survives is no fair sample of the questions.
 
     Args:
         run: this rank's parts.
         errors: why trajectories of this rank are void, one each.
-        total: trajectories of all ranks.
+        count: trajectories of this rank.
     """
+    total = int(reduce_values([count], "sum")[0])
     everywhere = [error for part in gather_objects(list(errors)) for error in part]
     if len(everywhere) > run.env.cfg.retrieval.max_failed_fraction * total:
         raise TrainingError(
@@ -132,49 +156,24 @@ def _check_failures(run: Run, errors: Sequence[str], total: int) -> None:
         )
 
 
-def _update(
-    run: Run, actor: Actor, reference: Reference | None, samples: list[Sample], step: int
-) -> tuple[StepStats | None, PolicyObjective]:
-    """One optimizer step over all ranks' samples; none if no group anywhere had a signal."""
-    cfg = run.env.cfg
-    objective = PolicyObjective(cfg.loss, cfg.importance, reference)
-    everything = [sample for part in gather_objects(samples) for sample in part]
-    if not everything:
-        return None, objective
-    mine = balance(everything, run.env.world.size)[run.env.world.rank]
-    stats = actor.update(
-        pack(mine, cfg.batching.max_tokens),
-        objective,
-        denominator=count_loss_tokens(everything),
-        step=step,
-    )
-    return stats, objective
-
-
-def _step_metrics(run: Run, scored: Sequence[ScoredGroup], samples: Sequence[Sample]) -> dict[str, float]:
-    tally = rollout_tally(scored)
-    informative = {sample.id.partition("/")[0] for sample in samples}
-    for item in scored:
-        tally.add("rollout/informative_groups", float(str(item.group.id) in informative))
-    metrics = tally.reduce()
-    metrics["rollout/zero_variance_groups"] = run.env.cfg.groups_per_step * (
-        1.0 - metrics["rollout/informative_groups"]
-    )
+def _step_metrics(run: Run, collected: Collected, samples: Sequence[Sample]) -> dict[str, float]:
+    metrics = rollout_tally(collected.scored).reduce() | collected.metrics
     metrics["update/trained_tokens"] = reduce_values(
         [sum(len(sample.trajectory.token_ids) for sample in samples)], "sum"
     )[0]
-    metrics |= merge_stats(gather_objects(run.env.searches.take())).metrics()
-    return metrics
+    return metrics | merge_stats(gather_objects(run.env.searches.take())).metrics()
 
 
 def _machine_metrics(cfg: Config) -> dict[str, float]:
     return {"machine/matmul_gflops": matmul_gflops()} if cfg.device is Device.cpu else {}
 
 
-def _reference(run: Run) -> Reference | None:
+def _reference(run: Run, actor: Actor) -> ReferencePolicy | None:
     cfg = run.env.cfg
     if cfg.loss.kl_coef == 0.0:
         return None
+    if cfg.model.lora.rank > 0:
+        return actor.reference()
     return Reference(
         run.model,
         model=cfg.model,
@@ -188,7 +187,6 @@ def _sampler(run: Run) -> Sampler:
     hops = run.env.cfg.data.train_hops
     return Sampler(
         [example for example in run.env.train_examples if not hops or example.hops in hops],
-        batch_size=run.env.cfg.groups_per_step,
         seed=run.env.cfg.seed,
         rank=run.env.world.rank,
         world_size=run.env.world.size,
@@ -234,7 +232,7 @@ def _evaluate(run: Run, step: int, questions: int) -> list[Result]:
         )
     # Counted as wrong below a bound; above it the table would say something about the server.
     void = [result.error for result in results if result.error is not None] if run.env.world.is_main else []
-    _check_failures(run, void, len(results))
+    _check_failures(run, void, len(results) if run.env.world.is_main else 0)
     if run.env.world.is_main:
         save_results(run.env.run_dir / "eval" / f"step-{step:06d}.json", results)
     run.env.console.table(f"after step {step}", TABLE_COLUMNS, table_rows(results))

@@ -222,13 +222,29 @@ class Trajectory:
         """Sampled tokens, that is loss tokens."""
         return sum(len(turn.token_ids) for turn in self.turns)
 
+    @property
+    def is_overlong(self) -> bool:
+        """True if a token or context limit cut the episode: its reward says little about what was sampled.
+
+        Overlong filtering, DAPO (arXiv 2503.14476, section 3.4).
+        """
+        return self.outcome in (Outcome.TOKEN_LIMIT, Outcome.CONTEXT_LIMIT)
+
+    @property
+    def has_void_turn(self) -> bool:
+        """True if a turn holds no complete action, neither a search nor an answer.
+
+        Void-turn filtering, SimpleTIR (arXiv 2509.02479).
+        """
+        return any(turn.is_invalid for turn in self.turns)
+
 
 @dataclass(kw_only=True, slots=True)
 class Group:
     """The episodes of one example that are compared with one another."""
 
     id: int
-    """Unique within a run; never derived from a data set's own index."""
+    """Unique within a run: the question's position in the sampler's stream, not a data set's own index."""
     example: Example
     trajectories: list[Trajectory]
 

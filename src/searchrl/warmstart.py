@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import random
 import shutil
 from collections.abc import Sequence
@@ -96,14 +97,27 @@ def warmstart(
                 actor.update(mine, _negative_log_likelihood, denominator=count_loss_tokens(batch), step=step)
                 step += 1
                 advance(step)
-    partial = folder.with_name(f".{folder.name}.partial")
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
+    # A name of its own: another run may be making the same one at the same time.
+    partial = folder.with_name(f".{folder.name}.{broadcast_object(os.getpid())}.partial")
     actor.export(partial, inputs.tokenizer)
     if world.is_main:
-        partial.rename(folder)
+        publish(partial, folder)
     barrier()
     return folder
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Give a finished model folder its name; if another run was first, keep that one: the two are alike.
+
+    Raises:
+        OSError: it cannot be renamed, and no model stands there.
+    """
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not (folder / "config.json").exists():
+            raise
+        shutil.rmtree(partial)
 
 
 def _negative_log_likelihood(outputs: TokenOutputs) -> Tensor:

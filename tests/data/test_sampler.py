@@ -15,50 +15,54 @@ def make(count: int, suffix: str = "") -> list[Example]:
     ]
 
 
-def ids(examples: list[Example]) -> list[str]:
-    return [example.id for example in examples]
+def ids(drawn: list[tuple[int, Example]]) -> list[str]:
+    return [example.id for _, example in drawn]
 
 
-@given(count=st.integers(1, 13), share=st.integers(1, 4), world=st.integers(1, 4), seed=st.integers(0, 9))
-def test_global_batches_do_not_depend_on_the_world_size(
-    count: int, share: int, world: int, seed: int
+@given(
+    count=st.integers(1, 13),
+    shares=st.lists(st.integers(1, 5), min_size=1, max_size=6),
+    world=st.integers(1, 4),
+    seed=st.integers(0, 9),
+)
+def test_draws_do_not_depend_on_the_number_of_ranks_or_on_their_sizes(
+    count: int, shares: list[int], world: int, seed: int
 ) -> None:
-    batch = share * world
-    alone = Sampler(make(count), batch_size=batch, seed=seed)
-    ranks = [
-        Sampler(make(count), batch_size=batch, seed=seed, rank=rank, world_size=world)
-        for rank in range(world)
-    ]
-    for _ in range(5):
-        together = [id_ for rank in ranks for id_ in ids(rank.take())]
-        assert together == ids(alone.take())
+    """Positions and examples of many draws, shared by ranks, are those of one draw by one rank."""
+    ranks = [Sampler(make(count), seed=seed, rank=rank, world_size=world) for rank in range(world)]
+    together = [drawn for share in shares for rank in ranks for drawn in rank.take(share * world)]
+    assert together == Sampler(make(count), seed=seed).take(sum(shares) * world)
+    assert [position for position, _ in together] == list(range(sum(shares) * world))
 
 
 @given(count=st.integers(1, 13), batch=st.integers(1, 9), seed=st.integers(0, 9))
 def test_every_epoch_holds_every_example_once(count: int, batch: int, seed: int) -> None:
-    sampler = Sampler(make(count), batch_size=batch, seed=seed)
+    sampler = Sampler(make(count), seed=seed)
     stream: list[str] = []
     while len(stream) < 3 * count:
-        stream += ids(sampler.take())
+        stream += ids(sampler.take(batch))
     for epoch in range(3):
         assert sorted(stream[epoch * count : (epoch + 1) * count]) == sorted(map(str, range(count)))
     assert sampler.epoch == len(stream) / count
 
 
-@given(count=st.integers(1, 13), batch=st.integers(1, 9), done=st.integers(0, 7))
-def test_a_resumed_sampler_continues_exactly(count: int, batch: int, done: int) -> None:
-    whole = Sampler(make(count), batch_size=batch, seed=1)
-    for _ in range(done):
-        whole.take()
-    resumed = Sampler(make(count), batch_size=batch, seed=1)
-    resumed.load_state_dict(whole.state_dict())
-    assert [ids(resumed.take()) for _ in range(4)] == [ids(whole.take()) for _ in range(4)]
+@given(count=st.integers(1, 13), done=st.lists(st.integers(1, 9), max_size=5), world=st.integers(1, 3))
+def test_a_resumed_sampler_continues_exactly_whatever_its_rank_was(
+    count: int, done: list[int], world: int
+) -> None:
+    last = Sampler(make(count), seed=1, rank=world - 1, world_size=world)
+    for share in done:
+        last.take(share * world)
+    resumed = Sampler(make(count), seed=1)  # in a world of another size
+    resumed.load_state_dict(last.state_dict())
+    first = sum(done) * world
+    assert resumed.take(7) == Sampler(make(count), seed=1).take(first + 7)[first:]
 
 
 def test_epochs_and_seeds_shuffle_differently_and_for_good() -> None:
     def order(seed: int) -> list[list[str]]:
-        sampler = Sampler(make(6), batch_size=6, seed=seed)
-        return [ids(sampler.take()), ids(sampler.take())]
+        sampler = Sampler(make(6), seed=seed)
+        return [ids(sampler.take(6)), ids(sampler.take(6))]
 
     # Written down: a run must resume in the same order after an upgrade of numpy.
     assert order(0) == [PINNED_0, PINNED_1]
@@ -72,10 +76,9 @@ PINNED_1 = ["4", "5", "1", "2", "0", "3"]
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"batch_size": 3, "world_size": 2}, "batch_size 3 cannot be shared evenly by 2 ranks"),
-        ({"batch_size": 0}, "batch_size 0 cannot be shared"),
-        ({"batch_size": 2, "rank": 2, "world_size": 2}, "rank 2 does not exist"),
-        ({"batch_size": 2, "seed": -1}, "seed -1 is negative"),
+        ({"rank": 2, "world_size": 2}, "rank 2 does not exist"),
+        ({"world_size": 0}, "rank 0 does not exist in a world of 0"),
+        ({"seed": -1}, "seed -1 is negative"),
     ],
 )
 def test_impossible_settings_are_refused(kwargs: dict[str, int], message: str) -> None:
@@ -84,28 +87,36 @@ def test_impossible_settings_are_refused(kwargs: dict[str, int], message: str) -
         Sampler(make(3), **settings)
 
 
+@pytest.mark.parametrize("count", [0, -2, 3])
+def test_a_draw_that_ranks_cannot_share_is_refused_and_draws_nothing(count: int) -> None:
+    sampler = Sampler(make(3), seed=0, rank=1, world_size=2)
+    with pytest.raises(DataError, match=f"{count} examples cannot be shared evenly by 2 ranks"):
+        sampler.take(count)
+    assert sampler.epoch == 0
+
+
 def test_no_examples_are_refused() -> None:
     with pytest.raises(DataError, match="no examples"):
-        Sampler([], batch_size=1, seed=0)
+        Sampler([], seed=0)
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (Sampler(make(4), batch_size=2, seed=0), "another training set"),
-        (Sampler(make(3, "!"), batch_size=2, seed=0), "another training set"),
-        (Sampler(make(3)[::-1], batch_size=2, seed=0), "another training set"),
-        (Sampler(make(3), batch_size=2, seed=7), "seed 7, not 0"),
+        (Sampler(make(4), seed=0), "another training set"),
+        (Sampler(make(3, "!"), seed=0), "another training set"),
+        (Sampler(make(3)[::-1], seed=0), "another training set"),
+        (Sampler(make(3), seed=7), "seed 7, not 0"),
     ],
 )
 def test_a_state_of_other_data_or_seed_is_refused(other: Sampler, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        Sampler(make(3), batch_size=2, seed=0).load_state_dict(other.state_dict())
+        Sampler(make(3), seed=0).load_state_dict(other.state_dict())
 
 
 @pytest.mark.parametrize("cursor", [-1, "2"])
 def test_a_broken_state_is_refused(cursor: int | str) -> None:
-    sampler = Sampler(make(3), batch_size=2, seed=0)
+    sampler = Sampler(make(3), seed=0)
     with pytest.raises(DataError, match="lacks"):
         sampler.load_state_dict({})
     with pytest.raises(DataError, match="is no position"):

@@ -69,6 +69,15 @@ def test_the_engine_drops_what_was_cancelled(checks: Checks, after: str) -> None
     assert checks.results["cancellation"][f"idle after {after}"]
 
 
+def test_a_rollout_that_ends_early_leaves_the_engine_at_rest(checks: Checks) -> None:
+    """Else weights could not be replaced: nothing steps the engine while the event loop stands still."""
+    results = checks.results["early end"]
+    assert 2 in results["ids"]
+    assert len(results["ids"]) < 4  # somebody was aborted
+    assert results["at rest"]
+    assert results["early"] == results["alone"]
+
+
 @pytest.mark.parametrize(
     ("refused", "reason"),
     [

@@ -20,12 +20,23 @@ from typing import Any
 
 import pytest
 
+from example import ROOT, custom_overrides
 from integration.launch import child, gone, python, read_until, run, served_port, started
 
 pytestmark = pytest.mark.integration
 
 SETTINGS = ("+experiment=smoke", "eval.questions=4", "retrieval.timeout_s=5")
 SERVER = "searchrl.retrieval.server"
+EVERYTHING = (  # besides custom functions, a rank of adapters and all that one step can hold
+    "steps=2",
+    "model.lora.rank=4",
+    "optimizer.lr=1e-3",
+    "update={epochs: 2, minibatches: 2}",
+    "loss={llds_coef: 0.1, entropy_coef: 0.001, aggregation: sequence}",
+    "importance={normalize: true, rejection: {level: geometric}}",
+    "filters.overlong=true",
+    "resampling={max_rounds: 2, oversample: 1.5}",
+)
 PROMISED = (  # PROTOCOL §5
     "search_r1/turns_per_sample",
     "search_r1/search_calls_per_sample",
@@ -44,7 +55,7 @@ PROMISED = (  # PROTOCOL §5
     "time/sync",
 )
 WITH_AN_UPDATE = (
-    "loss/ref_k3",
+    "loss/ref_kl",
     "tis/effective_sample_size",
     "tis/ess_ratio",
     "update/grad_norm",
@@ -105,6 +116,7 @@ def bench(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     for name in ("worldfacts", "indexes"):
         (assets / name).mkdir(exist_ok=True)
         (folder / "assets" / name).symlink_to(assets / name)
+    (folder / "examples").symlink_to(ROOT / "examples")
     return Bench(folder)
 
 
@@ -199,6 +211,7 @@ def later(bench: Bench, finished: Ended) -> Iterator[dict[str, Future[Ended]]]:
         "stopped": lambda: signalled(bench, "stopped", "step 1/50", signal.SIGSTOP, "steps=50", *IMPATIENT),
         "swapped": lambda: other_index(bench),
         "two ranks": lambda: bench.run("two", "steps=2", "saving={every: 0}", ranks=2),
+        "custom": lambda: bench.run("custom", *custom_overrides()[2:], *EVERYTHING, ranks=2),
         "eval": lambda: bench.run("judged", f"checkpoint={model}", mode="eval"),
         "none": lambda: bench.run(
             "none", "steps=1", "retrieval=none", f"model.path={model}", "warmstart.demonstrations=0"
@@ -383,6 +396,26 @@ def test_two_ranks_do_what_one_does(bench: Bench, later: dict[str, Future[Ended]
     halves = [bench.trajectories("two", f"step-000001.rank{rank}.jsonl") for rank in (0, 1)]
     whole = bench.trajectories("finished", "step-000001.rank0.jsonl")
     assert [streams(record) for half in halves for record in half] == [streams(record) for record in whole]
+
+
+def test_custom_functions_adapters_and_dynamic_sampling_train(
+    bench: Bench, later: dict[str, Future[Ended]]
+) -> None:
+    ended = later["custom"].result()
+    assert ended.code == 0, ended.printed
+    assert "Warning" not in ended.printed
+    steps = bench.steps("custom")
+    assert len(steps) == 2
+    assert any(step["update/optimizer_steps"] == 4 for step in steps)
+    for step in steps:
+        assert step["rollout/groups_sampled"] >= 6  # 1.5 x 4
+        assert step["reward/mean"] < step["reward/exact_match"], "searches cost"
+        assert step["sync/probe_max_abs_diff"] < 1e-3
+    trained = [step for step in steps if "loss/total" in step]
+    assert trained
+    assert {"loss/llds", "loss/ref_kl", "loss/entropy", "tis/kept_fraction"} <= trained[-1].keys()
+    assert (bench.at("custom") / "model" / "adapter" / "adapter_model.safetensors").exists()
+    assert not (bench.at("custom") / "model" / "adapter" / "model.safetensors").exists()
 
 
 def test_eval_gives_the_result_of_the_end_of_training(bench: Bench, later: dict[str, Future[Ended]]) -> None:

@@ -66,8 +66,9 @@ def chunked_logprobs(
 
     ``logprobs = log_softmax(float32(hidden @ weight.T + bias) / temperature)[targets]``: the matmul runs in
     the weight's dtype and the rest in fp32, the order of operations of the sampling engine. Transient memory
-    is two fp32 buffers of chunk_size × V in forward, one in backward, plus the fp32 accumulator [V, H] of the
-    weight's gradient (cast to the weight's dtype once, at the end).
+    is two fp32 buffers of chunk_size × V in forward; in backward one, or two if the loss depends on the
+    entropy, plus the fp32 accumulator [V, H] of the weight's gradient (cast to the weight's dtype once, at
+    the end). A weight of another dtype adds one chunk_size × V buffer of that dtype to both.
 
     Under ZeRO-3 the weight is whole only while its module's hooks are active, in forward and again in
     backward. So call this inside ``forward`` of the module that owns the parameter (or has registered it as
@@ -84,8 +85,8 @@ def chunked_logprobs(
         chunk_size: rows of logits held at once.
 
     Returns:
-        ``(logprobs [N], entropy [N])`` in fp32 (float64 if the weight is); entropy in nats, at the sampling
-        temperature, without gradient.
+        ``(logprobs [N], entropy [N])`` in fp32 (float64 if the weight is), both with gradient; entropy in
+        nats, at the sampling temperature.
 
     Raises:
         ValueError: temperature or chunk_size not positive, or shapes or dtypes that disagree.
@@ -157,15 +158,17 @@ class _ChunkedLogprobs(torch.autograd.Function):
             # H = -Σ p (logit - log Z) = log Z - Σ p·logit, with logits relative to their peak.
             entropy[part] = log_total - torch.mul(exps, logits, out=exps).sum(dim=-1) / total
             normalizer[part] = peak.squeeze(1) + log_total
-        ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizer, entropy)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)  # an output that the loss does not use costs nothing in backward
         return logprobs, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, _grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normalizer = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, normalizer, entropy = ctx.saved_tensors
         temperature, chunk_size = ctx.temperature, ctx.chunk_size
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         count, vocab = hidden.shape[0], weight.shape[0]
@@ -174,12 +177,19 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=precise) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=precise) if needs_bias else None
         buffer = hidden.new_empty(min(chunk_size, count), vocab, dtype=precise)
-        scale = grad_logprobs.to(precise) / temperature
+        factor_buffer = torch.empty_like(buffer) if grad_entropy is not None else buffer[:0]
+        scale = torch.zeros_like(normalizer) if grad_logprobs is None else grad_logprobs / temperature
         for start in range(0, count, chunk_size):
             part = slice(start, min(start + chunk_size, count))
-            grad = _scaled_logits(hidden[part], weight, bias, temperature, buffer[: part.stop - start])
-            # d logprob / d logit_v = [v = target] - p_v; p = exp(logit - normalizer) needs no reduction.
-            grad.sub_(normalizer[part].unsqueeze(1)).exp_().mul_(-scale[part].unsqueeze(1))
+            size = part.stop - start
+            grad = _scaled_logits(hidden[part], weight, bias, temperature, buffer[:size])
+            # d logprob / d logit_v = [v = target] - p_v; d entropy / d logit_v = -p_v (log p_v + entropy).
+            grad -= normalizer[part].unsqueeze(1)  # log p, without a reduction
+            factor = -scale[part].unsqueeze(1)
+            if grad_entropy is not None:
+                surprise = torch.add(grad, entropy[part].unsqueeze(1), out=factor_buffer[:size])
+                factor = surprise.mul_(-grad_entropy[part].unsqueeze(1) / temperature).add_(factor)
+            grad.exp_().mul_(factor)
             grad.scatter_add_(1, targets[part].unsqueeze(1), scale[part].unsqueeze(1))
             if grad_hidden is not None:
                 grad_hidden[part] = grad.to(weight.dtype) @ weight

@@ -1,4 +1,4 @@
-"""Draw global batches of questions, the same for any number of ranks, and resume exactly."""
+"""Draw questions for all ranks together, the same for any number of them, and resume exactly."""
 
 from __future__ import annotations
 
@@ -12,40 +12,34 @@ from searchrl.trajectory import Example
 
 
 class Sampler:
-    """An endless stream of examples, cut into global batches of which each rank takes its slice.
+    """An endless stream of examples; each draw is shared by the ranks, of which each takes its slice.
 
     Epoch ``e`` is one permutation of all examples, drawn from ``(seed, e)``; the stream is epoch 0, epoch 1
-    and so on without a gap, so a batch may span two epochs and no example is dropped. Worked example with
-    5 examples, ``batch_size=4`` and two ranks::
+    and so on without a gap, so a draw may span two epochs and no example is dropped. Worked example with
+    5 examples, two ranks, and draws of 4 and 2::
 
+        position    0 1 2 3 4   5 6 7 8 9
         stream      d a e c b | b e a d c | …
-        batch 0     d a e c        rank 0 takes d a, rank 1 takes e c
-        batch 1             b   b e a
+        take(4)     d a e c        rank 0 takes d a, rank 1 takes e c
+        take(2)             b   b  rank 0 takes b, rank 1 takes b
     """
 
-    def __init__(
-        self, examples: Sequence[Example], *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
-    ) -> None:
-        """``batch_size`` counts examples (groups) of all ranks together.
+    def __init__(self, examples: Sequence[Example], *, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        """Start at the beginning of the stream.
 
-        Raises ``DataError`` for no examples, a batch that the ranks cannot share evenly, a rank that does not
-        exist, or a negative seed.
+        Raises ``DataError`` for no examples, a rank that does not exist, or a negative seed.
         """
         if not examples:
             raise DataError("the sampler got no examples; check the data file and its filters")
-        if world_size < 1 or batch_size < 1 or batch_size % world_size != 0:
-            raise DataError(
-                f"batch_size {batch_size} cannot be shared evenly by {world_size} ranks; make it a multiple"
-            )
         if seed < 0:
             raise DataError(f"seed {seed} is negative; choose one from 0 up")
         if not 0 <= rank < world_size:
             raise DataError(f"rank {rank} does not exist in a world of {world_size}")
         self._examples = list(examples)
-        self._batch_size = batch_size
         self._seed = seed
         self._rank = rank
-        self._world_size = world_size
+        self.world_size = world_size
+        """How many ranks share each draw."""
         self._cursor = 0
         self._fingerprint = fingerprint(self._examples)
         self._epoch = -1
@@ -56,19 +50,28 @@ class Sampler:
         """How many times the stream has gone through the data set, fractions included."""
         return self._cursor / len(self._examples)
 
-    def take(self) -> list[Example]:
-        """This rank's ``batch_size / world_size`` examples of the next global batch."""
-        share = self._batch_size // self._world_size
+    def take(self, count: int) -> list[tuple[int, Example]]:
+        """This rank's share of the next ``count`` examples of the stream, each with its position there.
+
+        A position is drawn once in a run, however often it is resumed: it serves as the group's id.
+
+        Raises ``DataError`` if the ranks cannot share ``count`` evenly.
+        """
+        if count < 1 or count % self.world_size:
+            raise DataError(
+                f"{count} examples cannot be shared evenly by {self.world_size} ranks; make it a multiple"
+            )
+        share = count // self.world_size
         first = self._cursor + self._rank * share
-        self._cursor += self._batch_size
-        return [self._at(position) for position in range(first, first + share)]
+        self._cursor += count
+        return [(position, self._at(position)) for position in range(first, first + share)]
 
     def state_dict(self) -> dict[str, int | str]:
         """All that ``load_state_dict`` needs; the same on every rank, and valid for another world size."""
         return {"cursor": self._cursor, "seed": self._seed, "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: Mapping[str, int | str]) -> None:
-        """Continue after the last batch that the saved sampler took.
+        """Continue after the last draw of the saved sampler.
 
         Raises ``DataError`` if the state was saved with another data set or seed, or is not such a state.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from searchrl.trajectory import Finish, Outcome, Sample, Trajectory, Turn
@@ -41,6 +42,35 @@ def random_samples(seed: int, count: int) -> list[Sample]:
         )
         samples.append(Sample(trajectory=trajectory, advantage=rng.gauss(0.0, 1.0), id=f"{index}/0"))
     return samples
+
+
+def grouped_samples(seed: int, groups: int, members: int) -> list[Sample]:
+    """Short trajectories; those of a group share their prompt and, half of them, the whole first turn."""
+    rng = random.Random(seed)
+    samples = []
+    for group in range(groups):
+        prompt = random_ids(rng, rng.randint(2, 8))
+        shared = _random_turn(rng)
+        for member in range(members):
+            first = replace(shared) if member % 2 else _random_turn(rng)
+            turns = [first, *(_random_turn(rng) for _ in range(rng.randint(0, 2)))]
+            trajectory = Trajectory(prompt_ids=prompt, turns=turns, outcome=Outcome.ANSWERED, answer=None)
+            samples.append(
+                Sample(trajectory=trajectory, advantage=rng.gauss(0.0, 1.0), id=f"{group}/{member}")
+            )
+    return samples
+
+
+def _random_turn(rng: random.Random) -> Turn:
+    sampled = rng.randint(1, 6)
+    return Turn(
+        token_ids=random_ids(rng, sampled),
+        logprobs=[rng.gauss(-5.7, 0.7) for _ in range(sampled)],
+        text="",
+        finish=Finish.STOP,
+        policy_version=0,
+        observation_ids=random_ids(rng, rng.randint(1, 6)),
+    )
 
 
 def probe_prompts(lengths: Sequence[int]) -> list[list[int]]:

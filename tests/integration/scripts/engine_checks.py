@@ -8,7 +8,7 @@ import sys
 from collections.abc import Awaitable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 from unittest.mock import patch
 
 from transformers import AutoTokenizer
@@ -16,10 +16,13 @@ from transformers import AutoTokenizer
 from integration.scripts.common import random_ids, write_results
 from searchrl.actor import Actor, init_communication
 from searchrl.batching import pack
-from searchrl.config import DType, EngineConfig, ModelConfig, OptimizerConfig
+from searchrl.config import DType, EngineConfig, EpisodeConfig, ModelConfig, OptimizerConfig, SamplingConfig
 from searchrl.distributed import init_world
 from searchrl.engine import Engine, EngineError, Generation, GenerationRequest
-from searchrl.trajectory import Outcome, Sample, Trajectory, Turn
+from searchrl.protocol import Protocol
+from searchrl.rollout import Rollout
+from searchrl.tools import Tool
+from searchrl.trajectory import Example, Outcome, Sample, Trajectory, Turn
 
 CONTEXT, MAX_SEQS = 512, 8
 Results = dict[str, object]
@@ -159,6 +162,43 @@ async def cancellation(engine: Engine) -> Results:
     return results
 
 
+def early_end(engine: Engine, model: Path, runner: asyncio.Runner) -> Results:
+    """A rollout ends while others generate: the one whose prompt leaves room for a few tokens is enough."""
+    limits = EpisodeConfig(
+        prompt_template="{question}",
+        max_searches=0,
+        max_turn_tokens=CONTEXT,
+        max_context_tokens=CONTEXT,
+        deadline_s=60.0,
+    )
+    rollout = Rollout(
+        engine=engine,
+        protocol=Protocol(AutoTokenizer.from_pretrained(model), limits),
+        tool=cast(Tool, None),  # nobody may search
+        limits=limits,
+        seed=0,
+    )
+    questions = [
+        (n, Example(id=str(n), question="x" * length, golden_answers=("y",), data_source="t"))
+        for n, length in enumerate((10, 20, CONTEXT - 60, 30))
+    ]
+    sampling = SamplingConfig()
+    early = rollout.groups(questions, group_size=3, sampling=sampling, is_enough=lambda group: group.id == 2)
+    groups = runner.run(bounded(early))
+    try:
+        engine.reset_prefix_cache()  # refused while a request runs; the loop stands still
+        at_rest = True
+    except EngineError:
+        at_rest = False
+    again = runner.run(bounded(rollout.groups(questions[2:3], group_size=3, sampling=sampling)))
+    return {
+        "ids": [group.id for group in groups],
+        "at rest": at_rest,
+        "early": [t.token_ids for group in groups if group.id == 2 for t in group.trajectories],
+        "alone": [t.token_ids for t in again[0].trajectories],
+    }
+
+
 async def refusals(engine: Engine) -> Results:
     """Requests that the engine refuses, among others that are fine."""
     good = [request([n, 3, 4], tokens=30, temperature=0.0, seed=n) for n in range(3)]
@@ -261,6 +301,7 @@ def main(out: Path, model: Path) -> None:
         "concurrency": runner.run(bounded(concurrency(engine))),
         "stops": runner.run(bounded(stops(engine, model))),
         "cancellation": runner.run(bounded(cancellation(engine))),
+        "early end": early_end(engine, model, runner),
         "refusals": runner.run(bounded(refusals(engine))),
         "failure": runner.run(bounded(failure(engine))),
         "trainer": {str(t): trainer_difference(engine, model, runner, t) for t in (0.7, 1.0)},

@@ -1,41 +1,19 @@
-"""Checks of a composed configuration that types cannot express; all problems are reported at once."""
+"""Checks of models, episodes, sizes and schedules."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from searchrl.config import (
-    Config,
-    ConfigError,
-    DType,
-    IndexKind,
-    RetrievalConfig,
-    RetrievalKind,
-    RewardKind,
-)
-from searchrl.retrieval.devices import DeviceError, gpu_numbers
-from searchrl.retrieval.kinds import dense_index_problem
-from searchrl.retrieval.wire import TOKEN_VARIABLE, is_token
+from searchrl.config import Config, DType, RewardKind
 
 
-def validate(cfg: Config, *, world_size: int = 1) -> None:
-    """Raise ``ConfigError`` listing every problem, each with the value and the remedy.
-
-    Args:
-        cfg: converted by ``OmegaConf.to_object``.
-        world_size: ranks of the run.
-    """
-    problems = [
-        *_required(cfg),
-        *_positive(cfg),
-        *_ranges(cfg),
-        *_sizes(cfg, world_size),
-        *_retrieval(cfg),
-    ]
-    if problems:
-        raise ConfigError("the configuration cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
+def general_problems(cfg: Config, world_size: int) -> Iterator[str]:
+    """Every problem of what is neither the algorithm's nor retrieval's, a sentence each."""
+    yield from _required(cfg)
+    yield from _positive(cfg)
+    yield from _ranges(cfg)
+    yield from _sizes(cfg, world_size)
 
 
 def _required(cfg: Config) -> Iterator[str]:
@@ -93,7 +71,6 @@ def _positive(cfg: Config) -> Iterator[str]:
         "optimizer.warmup_steps": cfg.optimizer.warmup_steps,
         "optimizer.weight_decay": cfg.optimizer.weight_decay,
         "episode.max_searches": cfg.episode.max_searches,
-        "loss.kl_coef": cfg.loss.kl_coef,
         "eval.every": cfg.eval.every,
         "eval.questions": cfg.eval.questions,
         "eval.interim_questions": cfg.eval.interim_questions,
@@ -126,11 +103,6 @@ def _ranges(cfg: Config) -> Iterator[str]:
     betas = list(cfg.optimizer.betas)  # OmegaConf checks the types, not the number
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"optimizer.betas={betas} must be two numbers, each at least 0 and below 1"
-    if not 0 <= cfg.loss.eps_low < 1 or cfg.loss.eps_high < 0:
-        yield (
-            f"loss.eps_low={cfg.loss.eps_low:g}, loss.eps_high={cfg.loss.eps_high:g}: the clip range needs "
-            "0 <= eps_low < 1 and eps_high >= 0"
-        )
     if "{question}" not in cfg.episode.prompt_template:
         yield "episode.prompt_template does not contain {question}; the policy would never see the question"
     if not 0 <= cfg.warmstart.two_hop_fraction <= 1:
@@ -178,89 +150,3 @@ def _sizes(cfg: Config, world_size: int) -> Iterator[str]:
             f"optimizer.warmup_steps={cfg.optimizer.warmup_steps} never ends within steps={cfg.steps}; "
             "lower it"
         )
-
-
-def _retrieval(cfg: Config) -> Iterator[str]:
-    retrieval = cfg.retrieval
-    if retrieval.shuffle_documents and retrieval.kind is not RetrievalKind.embedded:
-        yield (
-            f"retrieval.shuffle_documents=true shuffles the embedded corpus, which retrieval.kind="
-            f"{retrieval.kind} does not have; choose retrieval=shuffled, or set it to false"
-        )
-    if retrieval.cache and retrieval.kind is RetrievalKind.none:
-        yield f"retrieval.cache={retrieval.cache} has nothing to record with retrieval=none; leave it empty"
-    match retrieval.kind:
-        case RetrievalKind.embedded:
-            yield from _embedded(retrieval)
-        case RetrievalKind.http:
-            if not retrieval.urls:
-                yield "retrieval.urls is empty; name at least one server, for example [http://127.0.0.1:8000]"
-            for url in retrieval.urls:
-                if not url.startswith(("http://", "https://")):
-                    yield f"retrieval.urls holds {url!r}, which is no http:// or https:// address"
-            token = os.environ.get(TOKEN_VARIABLE)
-            if token and not is_token(token):
-                yield f"the environment variable {TOKEN_VARIABLE} must be printable ASCII without spaces"
-        case RetrievalKind.google | RetrievalKind.brave | RetrievalKind.searxng | RetrievalKind.mcp:
-            yield from _web(retrieval)
-        case RetrievalKind.replay:
-            if not retrieval.cache:
-                yield "retrieval.cache is not set; name the recording that retrieval=replay answers from"
-            elif not Path(retrieval.cache).is_file():
-                yield (
-                    f"retrieval.cache={retrieval.cache} does not exist; record one by running the same with "
-                    "another retrieval and retrieval.cache=FILE"
-                )
-        case RetrievalKind.none:
-            pass
-
-
-def _embedded(retrieval: RetrievalConfig) -> Iterator[str]:
-    if not retrieval.corpus:
-        yield "retrieval.corpus is not set; name a corpus (JSONL), or choose retrieval=none or http"
-    elif not Path(retrieval.corpus).is_file():
-        yield (
-            f"retrieval.corpus={retrieval.corpus} does not exist; `searchrl data worldfacts` builds "
-            "the quickstart's"
-        )
-    families = ("minilm", "e5", "bge")
-    if retrieval.index is not IndexKind.bm25 and retrieval.encoder_family not in families:
-        yield (
-            f"retrieval.encoder_family={retrieval.encoder_family} is unknown; choose one of "
-            + ", ".join(families)
-        )
-    if retrieval.index is not IndexKind.bm25 and (problem := dense_index_problem(retrieval.dense_index)):
-        yield f"retrieval.dense_index={retrieval.dense_index}: {problem}"
-    if retrieval.index_path and not (Path(retrieval.index_path) / "manifest.json").is_file():
-        yield (
-            f"retrieval.index_path={retrieval.index_path} holds no index (no manifest.json); make one with "
-            "`searchrl index build`, or leave it empty to have one built under assets"
-        )
-    try:
-        gpu_numbers(retrieval.devices)
-    except DeviceError as error:
-        yield f"retrieval.devices: {error}"
-
-
-_KEYS = {RetrievalKind.google: "SERPER_API_KEY", RetrievalKind.brave: "BRAVE_API_KEY"}
-
-
-def _web(retrieval: RetrievalConfig) -> Iterator[str]:
-    key = _KEYS.get(retrieval.kind)
-    if key is not None and not os.environ.get(key):
-        yield f"retrieval.kind={retrieval.kind} needs a key in the environment variable {key}"
-    url = retrieval.web.url
-    if key is None and not url.startswith(("http://", "https://")):
-        example = "http://127.0.0.1:8080" + ("/mcp" if retrieval.kind is RetrievalKind.mcp else "")
-        yield (
-            f"retrieval.web.url={url!r} is no http:// or https:// address, which retrieval.kind="
-            f"{retrieval.kind} needs; for example {example}"
-        )
-    if not retrieval.web.requests_per_second > 0:
-        yield f"retrieval.web.requests_per_second={retrieval.web.requests_per_second:g} must be above 0"
-    if retrieval.web.proxy and not retrieval.web.proxy.startswith(("http://", "https://")):
-        yield f"retrieval.web.proxy={retrieval.web.proxy!r} is no http:// or https:// address"
-    if retrieval.kind is RetrievalKind.mcp and not retrieval.web.tool:
-        yield "retrieval.web.tool is not set; name the search tool of the MCP server"
-    if retrieval.web.max_requests < 0:
-        yield f"retrieval.web.max_requests={retrieval.web.max_requests} must not be negative"

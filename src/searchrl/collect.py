@@ -1,0 +1,115 @@
+"""One step's groups: rounds of episodes until enough of them have something to teach.
+
+Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2), in at most ``max_rounds`` rounds, and over-sampling: a
+round starts more groups than it needs and aborts what is still running when it has them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from searchrl.algorithm.advantages import has_signal
+from searchrl.config import ResamplingConfig
+from searchrl.data.sampler import Sampler
+from searchrl.distributed import gather_objects
+from searchrl.rewards import ScoredGroup
+from searchrl.trajectory import Example, Group
+
+Play = Callable[[Sequence[tuple[int, Example]], Callable[[Group], bool]], list[Group]]
+"""Plays the groups of (id, example) until all are complete or one for which the function returns True is.
+
+That is ``Rollout.groups``, with the rest of its arguments, run to its end.
+"""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Collected:
+    """What one step's rounds brought this rank: complete groups, scored, in the order of their ids."""
+
+    chosen: list[ScoredGroup]
+    """To train on; at most ``groups_per_step`` over all ranks."""
+    left_out: list[ScoredGroup]
+    """Without a signal, if there are several rounds to find others; or more than the step needs."""
+    metrics: dict[str, float]
+    """Of all ranks together, the same on each."""
+
+    @property
+    def scored(self) -> list[ScoredGroup]:
+        """Chosen and left out: what metrics, transcripts and the count of failures are about."""
+        return sorted(self.chosen + self.left_out, key=lambda item: item.group.id)
+
+
+def collect(
+    sampler: Sampler,
+    play: Play,
+    score: Callable[[Group], ScoredGroup],
+    *,
+    groups_per_step: int,
+    resampling: ResamplingConfig,
+) -> Collected:
+    """Draw, play and score this rank's share of every round. A collective.
+
+    With one round a step takes every complete group. With more it takes groups whose rewards vary; each round
+    draws as many questions as are missing, and after the last the step takes what there is.
+
+    Args:
+        sampler: shares each draw among the ranks.
+        play: runs episodes on this rank.
+        score: rewards of a group; called once for each.
+        groups_per_step: groups that a step trains on, over all ranks.
+        resampling: how many rounds, and how many groups are started for one that is needed.
+    """
+    is_dynamic = resampling.max_rounds > 1
+    mine: list[ScoredGroup] = []
+    signals: dict[int, bool] = {}  # of every complete group of all ranks: has it a signal?
+    rounds = sampled = 0
+    while rounds < resampling.max_rounds and (missing := groups_per_step - sum(signals.values())) > 0:
+        share = missing / sampler.world_size
+        count = sampler.world_size * math.ceil(resampling.oversample * share)
+        quota = _Quota(score=score, needed=math.ceil(share), needs_signal=is_dynamic)
+        # Without over-sampling there is nothing to stop, and scores can wait for the end of the episodes.
+        groups = play(sampler.take(count), quota if resampling.oversample > 1 else lambda _: False)
+        scored = [quota.scored.get(group.id) or score(group) for group in groups]
+        for part in gather_objects({item.group.id: _has_signal(item) for item in scored}):
+            signals |= part
+        mine += scored
+        rounds += 1
+        sampled += count
+    eligible = sorted(id_ for id_, has_signal in signals.items() if has_signal or not is_dynamic)
+    chosen = set(eligible[:groups_per_step])
+    mine.sort(key=lambda item: item.group.id)
+    return Collected(
+        chosen=[item for item in mine if item.group.id in chosen],
+        left_out=[item for item in mine if item.group.id not in chosen],
+        metrics={
+            "rollout/rounds": float(rounds),
+            "rollout/groups_sampled": float(sampled),
+            "rollout/groups_aborted": float(sampled - len(signals)),
+            "rollout/groups_surplus": float(len(eligible) - len(chosen)),
+            "rollout/zero_variance_groups": float(len(signals) - sum(signals.values())),
+            "rollout/informative_groups": sum(signals.values()) / len(signals),
+        },
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class _Quota:
+    """Scores groups as they complete and tells when this rank has those it needs."""
+
+    score: Callable[[Group], ScoredGroup]
+    needed: int
+    needs_signal: bool
+    scored: dict[int, ScoredGroup] = field(default_factory=dict)
+    counted: int = 0
+
+    def __call__(self, group: Group) -> bool:
+        item = self.scored[group.id] = self.score(group)
+        self.counted += not self.needs_signal or _has_signal(item)
+        return self.counted >= self.needed
+
+
+def _has_signal(item: ScoredGroup) -> bool:
+    """True if the survivors' rewards vary by more than rounding."""
+    return has_signal([reward.total for _, _, reward in item.survivors])

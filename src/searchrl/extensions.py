@@ -1,0 +1,61 @@
+"""Functions of the user's own, named in the configuration by import path."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from searchrl.config import ConfigError
+
+
+def load_function(
+    import_path: str, kwargs: Mapping[str, Any], *, section: str, positional: int
+) -> Callable[..., Any]:
+    """The function that ``import_path`` names, with ``kwargs`` filled in.
+
+    Modules are looked for where Python looks, and in the current folder, from which an installed command
+    would not import by itself.
+
+    Args:
+        import_path: ``module:function``.
+        kwargs: keyword arguments that it is always called with.
+        section: of the configuration, for messages: ``loss`` stands for ``loss.import_path``.
+        positional: how many arguments it will be called with besides.
+
+    Raises:
+        ConfigError: it cannot be imported, or cannot be called so; names the value and the remedy.
+    """
+    setting = f"{section}.import_path={import_path}"
+    module_name, colon, name = import_path.partition(":")
+    if not (module_name and colon and name):
+        raise ConfigError(f"{setting} is not of the form module:function, for example my_package.losses:loss")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module raises while it runs
+        raise ConfigError(
+            f"{setting} cannot be imported: {error!r}; modules are looked for in {os.getcwd()} and in the "
+            "environment"
+        ) from error
+    if name not in vars(module):
+        near = difflib.get_close_matches(name, vars(module), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{setting}: {module_name} has no {name}{hint}")
+    function = vars(module)[name]
+    if not callable(function):
+        raise ConfigError(f"{setting} is {function!r}, which cannot be called")
+    try:
+        inspect.signature(function).bind(*[None] * positional, **kwargs)
+    except TypeError as error:
+        raise ConfigError(
+            f"{setting} cannot be called with {positional} argument{'s' * (positional > 1)} and {section}."
+            f"kwargs={dict(kwargs)}: {error}"
+        ) from error
+    return partial(function, **kwargs)

@@ -1,0 +1,221 @@
+"""The network that is trained: log-probabilities in place of logits, how it is loaded, low-rank adapters.
+
+With adapters (LoRA, arXiv 2106.09685, equation 3) a linear layer computes x ↦ Wx + alpha/rank · B(Ax); W is
+frozen, A [rank, in] and B [out, rank] are trained, and B starts at 0. peft puts them into the Hugging Face
+model's own modules: ``model.layers.0.mlp.up_proj.weight`` becomes ``….up_proj.base_layer.weight`` beside
+``….up_proj.lora_A.default.weight`` and ``….lora_B.default.weight``. Nobody outside the trainer has to know:
+:func:`checkpoint_weights` gives the weights back under their old names, with the adapters merged in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from searchrl.algorithm.logprobs import chunked_logprobs
+from searchrl.config import ConfigError, LoraConfig, ModelConfig
+from searchrl.distributed import seed_everything
+
+
+class PolicyModel(nn.Module):
+    """A causal language model that returns log-probabilities of loss tokens instead of logits.
+
+    Its ``state_dict`` holds what is trained: frozen weights are those of the model that it was loaded from.
+    """
+
+    def __init__(self, model: nn.Module, *, temperature: float, chunk_size: int) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.temperature = temperature
+        self.chunk_size = chunk_size
+        self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]
+
+    @property
+    def head(self) -> Any:
+        """The language-model head."""
+        return self.model.get_output_embeddings()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        predictor: Tensor,
+        targets: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies of ``targets``.
+
+        Args:
+            input_ids: [B, T].
+            position_ids: [B, T], restarting at every packed trajectory.
+            attention_mask: bool [B, 1, T, T], or None: causal within what ``position_ids`` delimits.
+            predictor: [N] flat positions whose hidden state predicts a target.
+            targets: [N] token ids.
+
+        Returns:
+            fp32 [N], fp32 [N].
+        """
+        # base_model is transformers' name for the network without its head; adapters stand inside it.
+        # Without a cache transformers derives the block-diagonal mask of packed rows from position_ids.
+        hidden = self.model.base_model(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        hidden = hidden.flatten(0, 1)[predictor]
+        head = self.head
+        return chunked_logprobs(
+            hidden, head.weight, getattr(head, "bias", None), targets, self.temperature, self.chunk_size
+        )
+
+
+def _frozen(module: nn.Module) -> list[str]:
+    """Names of what is not trained; a tied head's both."""
+    return [n for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad]
+
+
+def _drop_frozen(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    for name in _frozen(module):
+        del state_dict[prefix + name]
+
+
+def _expect_no_frozen(module: nn.Module, incompatible: Any) -> None:
+    """Leaves as missing, which a strict load refuses, what is trained and was not there."""
+    frozen = set(_frozen(module))
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in frozen]
+
+
+def load_model(path: Path | str, config: ModelConfig, *, zero3: dict[str, Any] | None = None) -> Any:
+    """Load the Hugging Face model as it was saved, without adapters.
+
+    Args:
+        path: local folder or hub name.
+        config: number format and attention kernels.
+        zero3: DeepSpeed's configuration under ZeRO-3: parameters are then split as they are read, and never
+            whole on one rank.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    keep_alive = HfDeepSpeedConfig(zero3) if zero3 is not None else None  # found through a weak reference
+    network = AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, config.dtype), attn_implementation=str(config.attention)
+    )
+    del keep_alive
+    return network
+
+
+def add_adapters(network: Any, lora: LoraConfig, *, seed: int) -> None:
+    """Freeze the network and put trainable adapters into its linear layers, in its own number format.
+
+    The same seed gives the same adapters at every ZeRO stage and on every rank.
+
+    Raises:
+        ConfigError: ``model.lora.targets`` names something that is no linear layer of this network, or the
+            head, whose weight the loss uses without running the head's module.
+    """
+    import peft
+
+    head = network.get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    unknown = sorted(set(lora.targets) - linear)
+    if unknown:
+        raise ConfigError(
+            f"model.lora.targets names {', '.join(unknown)}, which this model cannot adapt; "
+            f"choose from {', '.join(sorted(linear))}, or leave it empty for all of them"
+        )
+    seed_everything(seed)  # loading draws random numbers too, other ones under ZeRO-3
+    network.add_adapter(
+        peft.LoraConfig(
+            task_type=peft.TaskType.CAUSAL_LM,
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft only divides it by the rank
+            target_modules=sorted(lora.targets or linear),
+        )
+    )
+
+
+def adapter_parameters(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The adapters' parameters by their names in ``network``; none if it has no adapters."""
+    return [(n, p) for n, p in network.named_parameters() if ".lora_A." in n or ".lora_B." in n]
+
+
+@contextmanager
+def adapters_off(network: Any) -> Iterator[None]:
+    """Within, the network computes what it did before adapters were added."""
+    network.disable_adapters()
+    try:
+        yield
+    finally:
+        network.enable_adapters()
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Weight:
+    """One tensor of a checkpoint and the parameters that it comes from, which ZeRO-3 has to gather."""
+
+    name: str
+    """As in a checkpoint of the model without adapters."""
+    base: nn.Parameter
+    adapter: tuple[nn.Parameter, nn.Parameter] | None
+    """A [rank, in] and B [out, rank]."""
+    scale: float
+    """alpha / rank."""
+
+    @property
+    def parameters(self) -> list[Any]:
+        """All that ``merged`` reads."""
+        return [self.base, *(self.adapter or ())]
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """W + alpha/rank · BA, summed in fp32 and rounded once to W's dtype; without adapter W itself."""
+        if self.adapter is None:
+            return self.base.data
+        a, b = self.adapter
+        total = torch.addmm(self.base.float(), b.float(), a.float(), alpha=self.scale)
+        return total.to(self.base.dtype)
+
+
+def checkpoint_weights(network: nn.Module, lora: LoraConfig) -> list[Weight]:
+    """What a checkpoint of the network holds, in module order; a tied head appears once."""
+    adapters = dict(adapter_parameters(network))
+    weights = []
+    for name, parameter in network.named_parameters():
+        if name not in adapters:
+            layer, _, leaf = name.rpartition(".base_layer.")
+            pair = (f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight")
+            weights.append(
+                Weight(
+                    name=name.replace(".base_layer.", "."),
+                    base=parameter,
+                    adapter=(adapters[pair[0]], adapters[pair[1]]) if layer and leaf == "weight" else None,
+                    scale=lora.alpha / lora.rank if lora.rank else 0.0,
+                )
+            )
+    return weights
+
+
+def save_adapters(network: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write adapters in peft's own format, for ``PeftModel.from_pretrained(base, folder)``.
+
+    Args:
+        network: has the adapters.
+        folder: is made if need be.
+        tensors: whole, by the names of ``adapter_parameters``.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {f"base_model.model.{n.replace('.default.', '.')}": t.contiguous() for n, t in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    network.peft_config["default"].save_pretrained(folder)

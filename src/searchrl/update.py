@@ -1,0 +1,214 @@
+"""From samples to optimizer steps: what has to be known before them, and the steps themselves.
+
+``prepare_update`` cuts the samples of all ranks into optimizer steps, spreads each over the ranks, and runs
+the forward passes that must come first: π_old, π_ref and the importance weights. ``apply_update`` makes the
+steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from searchrl.actor import Actor, ReferencePolicy
+from searchrl.algorithm.aggregation import denominator
+from searchrl.algorithm.importance import CustomWeights, ImportanceInputs, correct, needs_global
+from searchrl.algorithm.losses import CustomLoss, kl_penalty
+from searchrl.algorithm.mismatch import ImportanceTotals, measure
+from searchrl.batching import MicroBatch, balance, pack, pad, split_minibatches
+from searchrl.config import (
+    Aggregation,
+    Attention,
+    Config,
+    ImportanceConfig,
+    KlPlacement,
+    LossKind,
+    OldPolicy,
+    WeightMode,
+)
+from searchrl.distributed import World, gather_objects, reduce_values
+from searchrl.extensions import load_function
+from searchrl.objective import KnownTerms, PolicyObjective, reduce_totals
+from searchrl.trajectory import Sample
+
+BySample = dict[str, Tensor]
+"""Values of each sample's loss tokens, [S], by sample id."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Update:
+    """All optimizer steps on one rollout, as far as this rank takes part."""
+
+    minibatches: list[list[MicroBatch]]
+    """This rank's micro-batches of each optimizer step of an epoch; none, where others have all."""
+    denominators: list[float]
+    """What each step's loss is divided by: the same on all ranks."""
+    objective: PolicyObjective
+
+
+def prepare_update(
+    actor: Actor, reference: ReferencePolicy | None, samples: Sequence[Sample], *, cfg: Config, world: World
+) -> Update:
+    """Cut, spread, and find out what has to be known before the first step. A collective.
+
+    Args:
+        actor: the policy, as it sampled.
+        reference: for the KL penalty; None without one.
+        samples: this rank's; those of other ranks are fetched.
+        cfg: the run's.
+        world: this rank.
+
+    Raises:
+        NonFiniteError: a log-probability is NaN or infinite; names the trajectories.
+    """
+    everything = [sample for part in gather_objects(list(samples)) for sample in part]
+    parts = split_minibatches(everything, cfg.update.minibatches)
+    minibatches = [make_batches(balance(part, world.size)[world.rank], cfg) for part in parts]
+    batches = [batch for part in minibatches for batch in part]
+    sampling = _by_sample(batches, [batch.sampling_logprobs[batch.loss_mask] for batch in batches], world)
+    custom_weights = _custom_weights(cfg)
+    bypass = cfg.update.old_policy is OldPolicy.rollout
+    old = ref = weights = keep = None
+    totals = ImportanceTotals.empty()
+    if bypass:
+        old = sampling
+    elif cfg.update.epochs * len(parts) > 1 or needs_global(cfg.importance):
+        old = _by_sample(batches, actor.logprobs(batches), world)
+        weights, keep, totals = _corrections(old, sampling, cfg.importance, custom_weights, world)
+    if reference is not None and cfg.loss.kl_in is KlPlacement.loss:
+        ref = _by_sample(batches, reference.logprobs(batches), world)
+    counted = None if cfg.importance.dropped_in_denominator else keep
+    denominators = [_denominator(part, cfg.loss.aggregation, counted, world) for part in minibatches]
+    objective = PolicyObjective(
+        loss=cfg.loss,
+        importance=cfg.importance,
+        constant_length=_constant_length(cfg),
+        custom_loss=_custom_loss(cfg),
+        custom_weights=custom_weights,
+        known=KnownTerms(old_logprobs=old, ref_logprobs=ref, weights=weights, keep=keep),
+        old_is_current=not bypass,
+        importance_totals=totals,
+    )
+    return Update(
+        minibatches=minibatches, denominators=reduce_values(denominators, "sum"), objective=objective
+    )
+
+
+def apply_update(update: Update, actor: Actor, *, epochs: int, step: int) -> dict[str, float]:
+    """Make the optimizer steps; returns their metrics. A collective.
+
+    A step of which the importance correction has dropped every token is left out and counted: AdamW would
+    move the weights even without a gradient.
+
+    Args:
+        update: what ``prepare_update`` returned.
+        actor: the policy.
+        epochs: passes over the mini-batches.
+        step: steps of the run already done, for the learning rate.
+    """
+    objective, losses, norms, skipped, lr = update.objective, [], [], 0, None
+    for _ in range(epochs):
+        for batches, divisor in zip(update.minibatches, update.denominators, strict=True):
+            if divisor == 0:
+                skipped += 1
+                continue
+            objective.loss_sum = 0.0
+            stats = actor.update(batches, objective, denominator=divisor, step=step)
+            objective.old_is_current = False
+            losses.append(reduce_values([objective.loss_sum], "sum")[0] / divisor)
+            norms.append(stats.grad_norm)
+            lr = stats.lr
+    metrics = {"update/optimizer_steps": float(len(losses)), "update/skipped_steps": float(skipped)}
+    if lr is not None:
+        metrics |= {"loss/total": sum(losses) / len(losses), "update/lr": lr}
+        metrics["update/grad_norm"] = sum(norms) / len(norms)
+    return metrics | objective.metrics()
+
+
+def reward_penalties(
+    actor: Actor, reference: ReferencePolicy, samples: Sequence[Sample], *, cfg: Config, world: World
+) -> dict[str, float]:
+    """``loss.kl_coef`` x the KL of the sampling to the reference policy, summed over tokens, by sample id.
+
+    For ``loss.kl_in=reward``. A collective.
+    """
+    batches = make_batches(samples, cfg)
+    current = _by_sample(batches, actor.logprobs(batches), world)
+    ref = _by_sample(batches, reference.logprobs(batches), world)
+    return {
+        name: cfg.loss.kl_coef * float(kl_penalty(current[name], ref[name], cfg.loss.kl_estimator).sum())
+        for name in current
+    }
+
+
+def make_batches(samples: Sequence[Sample], cfg: Config) -> list[MicroBatch]:
+    """Micro-batches within the token budget, packed or padded."""
+    if not cfg.batching.packing:
+        return pad(samples, cfg.batching.max_tokens)
+    # FlashAttention takes no mask, so it cannot run on a tree of prefixes.
+    shares = cfg.model.attention is Attention.sdpa
+    return pack(samples, cfg.batching.max_tokens, share_prefixes=shares)
+
+
+def _corrections(
+    old: BySample, sampling: BySample, config: ImportanceConfig, custom: CustomWeights | None, world: World
+) -> tuple[BySample, BySample, ImportanceTotals]:
+    """Weights of this rank's samples, normalised over all ranks; what is kept; this rank's totals."""
+    lengths = [len(values) for values in sampling.values()]
+    index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
+    nothing = torch.zeros(0, device=world.device)  # for a rank without samples
+    inputs = ImportanceInputs(
+        old_logprobs=torch.cat([nothing, *(old[name] for name in sampling)]),
+        sampling_logprobs=torch.cat([nothing, *sampling.values()]),
+        trajectory_index=index.to(world.device),
+        trajectory_ids=list(sampling),
+    )
+    correction = correct(inputs, config, custom)
+    totals = measure(inputs, correction)
+    weights = correction.weights / reduce_totals(totals).normalizer(config)
+    return (
+        dict(zip(sampling, weights.split(lengths), strict=True)),
+        dict(zip(sampling, correction.keep.split(lengths), strict=True)),
+        totals,
+    )
+
+
+def _denominator(
+    batches: Sequence[MicroBatch], aggregation: Aggregation, keep: BySample | None, world: World
+) -> float:
+    """This rank's share of a step's denominator; all tokens count unless ``keep`` says otherwise."""
+    total = 0.0
+    for batch in batches:
+        index = batch.trajectory_index[batch.loss_mask].to(world.device)
+        counted = torch.ones_like(index, dtype=torch.bool) if keep is None else batch.join(keep)
+        total += denominator(aggregation, counted, index)
+    return total
+
+
+def _by_sample(batches: Sequence[MicroBatch], values: Sequence[Tensor], world: World) -> BySample:
+    merged: BySample = {}
+    for batch, value in zip(batches, values, strict=True):
+        merged |= batch.split(value.to(world.device))
+    return merged
+
+
+def _constant_length(cfg: Config) -> int:
+    """L of ``loss.aggregation=constant``."""
+    return cfg.loss.constant_length or (cfg.episode.max_searches + 1) * cfg.episode.max_turn_tokens
+
+
+def _custom_loss(cfg: Config) -> CustomLoss | None:
+    if cfg.loss.kind is not LossKind.custom:
+        return None
+    return load_function(cfg.loss.import_path, cfg.loss.kwargs, section="loss", positional=1)
+
+
+def _custom_weights(cfg: Config) -> CustomWeights | None:
+    if cfg.importance.mode is not WeightMode.custom:
+        return None
+    return load_function(
+        cfg.importance.import_path, cfg.importance.kwargs, section="importance", positional=1
+    )

@@ -1,0 +1,24 @@
+"""Checks of a composed configuration that types cannot express; all problems are reported at once."""
+
+from __future__ import annotations
+
+from searchrl.config import Config, ConfigError
+from searchrl.validation.algorithm import algorithm_problems
+from searchrl.validation.general import general_problems
+from searchrl.validation.retrieval import retrieval_problems
+
+
+def validate(cfg: Config, *, world_size: int = 1) -> None:
+    """Raise ``ConfigError`` listing every problem, each with the value and the remedy.
+
+    Args:
+        cfg: converted by ``OmegaConf.to_object``.
+        world_size: ranks of the run.
+    """
+    problems = [
+        *general_problems(cfg, world_size),
+        *algorithm_problems(cfg),
+        *retrieval_problems(cfg.retrieval),
+    ]
+    if problems:
+        raise ConfigError("the configuration cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
