@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
+from builders import plain_reward
 from searchrl.config import AdvantageConfig, AdvantageKind, FilterConfig
 from searchrl.distributed import World
-from searchrl.rewards import Reward, ScoredGroup
+from searchrl.rewards import ScoredGroup
 from searchrl.samples import to_samples, unscored_samples
 from searchrl.trajectory import Example, Finish, Group, Outcome, Sample, Trajectory, Turn
 
@@ -27,20 +28,7 @@ def scored(group_id: int, rewards: list[float | None]) -> ScoredGroup:
         )
         for index, reward in enumerate(rewards)
     ]
-    made = [
-        None
-        if reward is None
-        else Reward(
-            total=reward,
-            exact_match=0.0,
-            format_credit=0.0,
-            evidence_credit=0.0,
-            valid_format=False,
-            retrieval_hit=False,
-            evidence=None,
-        )
-        for reward in rewards
-    ]
+    made = [None if reward is None else plain_reward(reward) for reward in rewards]
     return ScoredGroup(group=Group(id=group_id, example=EXAMPLE, trajectories=trajectories), rewards=made)
 
 

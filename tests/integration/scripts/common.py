@@ -26,17 +26,7 @@ def random_samples(seed: int, count: int) -> list[Sample]:
     for index in range(count):
         turns = []
         for _ in range(rng.randint(1, 3)):
-            sampled = rng.randint(1, 12)
-            turns.append(
-                Turn(
-                    token_ids=random_ids(rng, sampled),
-                    logprobs=[rng.gauss(-5.7, 1.0) for _ in range(sampled)],
-                    text="",
-                    finish=Finish.STOP,
-                    policy_version=0,
-                    observation_ids=random_ids(rng, rng.randint(0, 20)),
-                )
-            )
+            turns.append(_random_turn(rng, sampled=rng.randint(1, 12), appended=rng.randint(0, 20)))
         trajectory = Trajectory(
             prompt_ids=random_ids(rng, rng.randint(2, 30)), turns=turns, outcome=Outcome.ANSWERED, answer=None
         )
@@ -50,10 +40,14 @@ def grouped_samples(seed: int, groups: int, members: int) -> list[Sample]:
     samples = []
     for group in range(groups):
         prompt = random_ids(rng, rng.randint(2, 8))
-        shared = _random_turn(rng)
+        shared = _random_turn(rng, sampled=rng.randint(1, 6), appended=rng.randint(1, 6))
         for member in range(members):
-            first = replace(shared) if member % 2 else _random_turn(rng)
-            turns = [first, *(_random_turn(rng) for _ in range(rng.randint(0, 2)))]
+            turns = [
+                _random_turn(rng, sampled=rng.randint(1, 6), appended=rng.randint(1, 6))
+                for _ in range(rng.randint(1, 3))
+            ]
+            if member % 2:
+                turns[0] = replace(shared)
             trajectory = Trajectory(prompt_ids=prompt, turns=turns, outcome=Outcome.ANSWERED, answer=None)
             samples.append(
                 Sample(trajectory=trajectory, advantage=rng.gauss(0.0, 1.0), id=f"{group}/{member}")
@@ -61,15 +55,14 @@ def grouped_samples(seed: int, groups: int, members: int) -> list[Sample]:
     return samples
 
 
-def _random_turn(rng: random.Random) -> Turn:
-    sampled = rng.randint(1, 6)
+def _random_turn(rng: random.Random, *, sampled: int, appended: int) -> Turn:
     return Turn(
         token_ids=random_ids(rng, sampled),
         logprobs=[rng.gauss(-5.7, 0.7) for _ in range(sampled)],
         text="",
         finish=Finish.STOP,
         policy_version=0,
-        observation_ids=random_ids(rng, rng.randint(1, 6)),
+        observation_ids=random_ids(rng, appended),
     )
 
 

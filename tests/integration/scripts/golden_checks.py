@@ -10,6 +10,7 @@ import random
 import sys
 from pathlib import Path
 
+from builders import plain_reward
 from integration.scripts.common import grouped_samples, write_results
 from searchrl.actor import Actor, Reference, init_communication
 from searchrl.config import (
@@ -23,7 +24,7 @@ from searchrl.config import (
     UpdateConfig,
 )
 from searchrl.distributed import init_world
-from searchrl.rewards import Reward, ScoredGroup
+from searchrl.rewards import ScoredGroup
 from searchrl.samples import to_samples
 from searchrl.trajectory import Example, Group
 from searchrl.update import apply_update, prepare_update
@@ -40,7 +41,6 @@ def scored_groups(step: int) -> list[ScoredGroup]:
     groups = []
     for group in range(GROUPS):
         members = samples[group * MEMBERS : (group + 1) * MEMBERS]
-        rewards = [float(rng.random() < 0.4) for _ in members]
         groups.append(
             ScoredGroup(
                 group=Group(
@@ -48,18 +48,7 @@ def scored_groups(step: int) -> list[ScoredGroup]:
                     example=EXAMPLE,
                     trajectories=[sample.trajectory for sample in members],
                 ),
-                rewards=[
-                    Reward(
-                        total=reward,
-                        exact_match=reward,
-                        format_credit=0.0,
-                        evidence_credit=0.0,
-                        valid_format=False,
-                        retrieval_hit=False,
-                        evidence=None,
-                    )
-                    for reward in rewards
-                ],
+                rewards=[plain_reward(float(rng.random() < 0.4)) for _ in members],
             )
         )
     return groups
