@@ -15,7 +15,7 @@ import os
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,14 @@ from torch import Tensor
 
 from searchrl.actor import Actor, TokenOutputs
 from searchrl.batching import balance, count_loss_tokens, pack
-from searchrl.config import Config, ConfigError, OptimizerConfig, Schedule, WarmstartConfig
+from searchrl.config import (
+    Config,
+    ConfigError,
+    LoraConfig,
+    OptimizerConfig,
+    Schedule,
+    WarmstartConfig,
+)
 from searchrl.console import Console
 from searchrl.distributed import World, barrier, broadcast_object
 from searchrl.protocol import Protocol
@@ -71,7 +78,7 @@ def warmstart(
     steps = per_epoch * cfg.warmstart.epochs
     actor = Actor(
         inputs.model,
-        model=cfg.model,
+        model=replace(cfg.model, lora=LoraConfig()),  # whole: the reference begins where this ends
         optimizer=OptimizerConfig(
             lr=cfg.warmstart.lr,
             betas=(0.9, 0.98),

@@ -237,7 +237,10 @@ class SavingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class WarmstartConfig:
-    """Supervised warm start on rule-made trajectories: teaches the form of the protocol, not the skill."""
+    """Supervised warm start on rule-made trajectories: teaches the form of the protocol, not the skill.
+
+    It trains the whole model, also if ``model.lora`` then trains adapters.
+    """
 
     demonstrations: int = 0
     """Trajectories, made from training questions with real search results; 0: no warm start."""
