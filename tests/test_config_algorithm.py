@@ -157,3 +157,10 @@ def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         validate(cfg)
     assert len(str(caught.value).splitlines()) == 4
+
+
+def test_a_custom_functions_own_arguments_are_no_unknown_keys() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(["+experiment=smoke", "+reward.kwargs.cost=1", "rewrd.kind=em"])
+    assert "unknown key 'rewrd.kind'; did you mean 'reward.kind'?" in str(caught.value)
+    assert "unknown key 'reward" not in str(caught.value)
