@@ -3,9 +3,9 @@
     python benchmarks/learning/algorithms.py run --out runs/algorithms --seeds 0 1 2
     python benchmarks/learning/algorithms.py table --out runs/algorithms
 
-``run`` trains one after another and skips what is finished; several may work on one folder at a time. All
-take two optimizer steps a rollout, so that ratios, clips and LLDS have something to do. Checkpoints and model
-are deleted once a run is evaluated; metrics, trajectories and results stay.
+``run`` trains one after another and skips what has a folder already; several may work side by side. Delete
+the folder of an interrupted run. All take two optimizer steps a rollout, so that ratios, clips and LLDS have
+something to do. Checkpoints and model are deleted once a run is evaluated; metrics and trajectories stay.
 """
 
 from __future__ import annotations
