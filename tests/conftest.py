@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ prepare_environment("cuda" if HAS_GPU else "cpu")
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from integration.launch import Checks
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -64,6 +67,21 @@ def tokenizer(tiny_model: Path) -> PreTrainedTokenizerFast:
     loaded = AutoTokenizer.from_pretrained(tiny_model)
     assert isinstance(loaded, PreTrainedTokenizerFast)
     return loaded
+
+
+@pytest.fixture(scope="session")
+def update_checks(
+    tiny_model: Path, tiny_model_untied: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, tuple[Path, Checks]]:
+    """By number of ranks: the folder and the results of ``update_checks``, made side by side."""
+    from integration.launch import run_checks
+
+    def check(ranks: int) -> tuple[Path, Checks]:
+        out = tmp_path_factory.mktemp("update")
+        return out, run_checks("update_checks", out, tiny_model, tiny_model_untied, ranks=ranks)
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((1, 2), pool.map(check, (1, 2)), strict=True))
 
 
 def _tiny(name: str, factory: pytest.TempPathFactory) -> Path:

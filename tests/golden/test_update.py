@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from integration.launch import run_checks
+from integration.launch import Checks
 
 pytestmark = pytest.mark.integration
 
@@ -26,14 +25,9 @@ Series = dict[str, list[float]]
 
 
 @pytest.fixture(scope="module")
-def logged(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Series]:
+def logged(update_checks: dict[int, tuple[Path, Checks]]) -> dict[int, Series]:
     """What each step logged, by number of ranks."""
-
-    def measure(ranks: int) -> Series:
-        return run_checks("golden_checks", tmp_path_factory.mktemp("golden"), tiny_model, ranks=ranks).results
-
-    with ThreadPoolExecutor() as pool:
-        found = dict(zip((1, 2), pool.map(measure, (1, 2)), strict=True))
+    found: dict[int, Series] = {n: checks.results["golden"] for n, (_, checks) in update_checks.items()}
     if os.environ.get("SEARCHRL_GOLDEN") == "write":
         rounded = {name: [float(f"{value:.7g}") for value in values] for name, values in found[1].items()}
         COMMITTED.write_text(json.dumps(rounded, indent=1) + "\n", encoding="utf-8")

@@ -21,7 +21,8 @@ from searchrl.retrieval.web import WebRetriever
 from searchrl.trajectory import Document
 
 TOKEN = "t0ken-that-must-not-be-seen"
-TWICE = RetryPolicy(timeout_s=1.5, deadline_s=2.5, first_pause_s=2.0, max_pause_s=4.0)
+TWICE = RetryPolicy(timeout_s=1.5, deadline_s=3.0, first_pause_s=2.0, max_pause_s=4.0)
+"""A first retry after 1 to 2 seconds, which a busy machine may add one to; a second never fits."""
 
 Serve = Callable[[ASGIApp], str]
 

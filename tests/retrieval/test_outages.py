@@ -243,7 +243,7 @@ def test_nobody_comes_back() -> None:
                 time.monotonic(),
             )
             results = await ask(retriever, MANY[:300])
-            assert 1.3 < time.monotonic() - started < 3.0
+            assert 1.3 < time.monotonic() - started < 5.0
             assert kinds(results) == {"unavailable": 300}
             message = str(results[0])
             assert f"no answer from {dead[0].url}, {dead[1].url} in 1.5 s" in message

@@ -1,4 +1,4 @@
-"""Twenty updates of a tiny policy on fixed trajectories: ``golden_checks OUT MODEL``; their metrics.
+"""Twenty updates of a tiny policy on fixed trajectories, and their metrics; run by ``update_checks``.
 
 The trajectories are made up, not sampled: an engine's rounding differs from machine to machine, and one token
 sampled otherwise would change everything after it. From rewards on, all is what a run does.
@@ -7,12 +7,11 @@ sampled otherwise would change everything after it. From rewards on, all is what
 from __future__ import annotations
 
 import random
-import sys
 from pathlib import Path
 
 from builders import plain_reward
-from integration.scripts.common import grouped_samples, write_results
-from searchrl.actor import Actor, Reference, init_communication
+from integration.scripts.common import grouped_samples
+from searchrl.actor import Actor, Reference
 from searchrl.config import (
     BatchingConfig,
     Config,
@@ -23,7 +22,7 @@ from searchrl.config import (
     OptimizerConfig,
     UpdateConfig,
 )
-from searchrl.distributed import init_world
+from searchrl.distributed import World
 from searchrl.rewards import ScoredGroup
 from searchrl.samples import to_samples
 from searchrl.trajectory import Example, Group
@@ -54,10 +53,8 @@ def scored_groups(step: int) -> list[ScoredGroup]:
     return groups
 
 
-def main(out: Path, path: Path) -> None:
-    """Train on all ranks and write what each step logged."""
-    world = init_world("cpu")
-    init_communication(world)
+def check(path: Path, world: World) -> dict[str, list[float]]:
+    """Train on all ranks; what each step logged, by metric."""
     model = ModelConfig(path=str(path), dtype=DType.float32)
     cfg = Config(
         model=model,
@@ -86,9 +83,4 @@ def main(out: Path, path: Path) -> None:
         update = prepare_update(actor, reference, samples, cfg=cfg, world=world)
         metrics = apply_update(update, actor, epochs=cfg.update.epochs, step=step)
         logged.append({name: metrics[name] for name in LOGGED})
-    if world.is_main:
-        write_results(out, {name: [step[name] for step in logged] for name in LOGGED})
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    return {name: [step[name] for step in logged] for name in LOGGED}

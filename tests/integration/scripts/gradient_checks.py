@@ -1,4 +1,4 @@
-"""The gradient of the same trajectories, cut in many ways: ``gradient_checks OUT TIED UNTIED``.
+"""The gradient of the same trajectories, cut in many ways; run by ``update_checks``.
 
 Writes ``gradients.pt``: {case: {parameter name: gradient}}, gradient norms and losses as results. Under one
 rank it adds the gradients of plain transformers and autograd with whole logits, written from NUMERICS alone.
@@ -9,7 +9,6 @@ serves all cuts of a ZeRO stage.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from integration.scripts.common import grouped_samples, random_samples, write_results
-from searchrl.actor import Actor, Reference, init_communication
+from integration.scripts.common import grouped_samples, random_samples
+from searchrl.actor import Actor, Reference
 from searchrl.config import (
     Aggregation,
     BatchingConfig,
@@ -37,7 +36,7 @@ from searchrl.config import (
     UpdateConfig,
     WeightMode,
 )
-from searchrl.distributed import World, gather_objects, init_world
+from searchrl.distributed import World, gather_objects
 from searchrl.trajectory import Sample
 from searchrl.update import apply_update, prepare_update
 
@@ -45,11 +44,17 @@ Gradients = dict[str, Tensor]
 TEMPERATURE = 0.7
 SAMPLES = grouped_samples(0, groups=16, members=4)
 LONGEST = max(len(sample.trajectory.token_ids) for sample in SAMPLES)
-CUTS = {"1": 1, "4": 4 * LONGEST, "all": 100_000}
-"""Micro-batches of one trajectory, about four, all; as token budgets."""
-
-GLOBAL_CUTS = ("1/padded", "4/padded", "all/packed")
-"""Those that ``GLOBAL`` is measured over; all six would take twice the time."""
+CUTS = {
+    "1": (1, True),
+    "4/packed": (4 * LONGEST, True),
+    "4/padded": (4 * LONGEST, False),
+    "all/packed": (100_000, True),
+    "all/padded": (100_000, False),
+}
+"""Micro-batches of one trajectory, where packing and padding are the same; of about four; of all. As token
+budget and packing."""
+GLOBAL_CUTS = ("1", "4/padded", "all/packed")
+"""Those that ``GLOBAL`` is measured over."""
 
 PLAIN = Config(loss=LossConfig(), importance=ImportanceConfig(hi=2.0))
 """GRPO with token TIS; strictly on-policy, so nothing is known before the backward passes."""
@@ -98,12 +103,11 @@ def measure(
 
 
 def cases(stage: int) -> Iterator[tuple[str, Config]]:
-    for name, tokens in CUTS.items():
-        for layout, packing in (("packed", True), ("padded", False)):
-            batching = BatchingConfig(max_tokens=tokens, packing=packing)
-            yield f"plain/zero{stage}/{name}/{layout}", replace(PLAIN, batching=batching)
-            if f"{name}/{layout}" in GLOBAL_CUTS:
-                yield f"global/zero{stage}/{name}/{layout}", replace(GLOBAL, batching=batching)
+    for name, (tokens, packing) in CUTS.items():
+        batching = BatchingConfig(max_tokens=tokens, packing=packing)
+        yield f"plain/zero{stage}/{name}", replace(PLAIN, batching=batching)
+        if name in GLOBAL_CUTS:
+            yield f"global/zero{stage}/{name}", replace(GLOBAL, batching=batching)
 
 
 def stage_results(
@@ -203,10 +207,8 @@ def by_the_book(tied: Path, untied: Path) -> Iterator[tuple[str, tuple[Gradients
         yield name, (gradients, float(norm), float(loss.detach()))
 
 
-def main(out: Path, tied: Path, untied: Path) -> None:
-    """Run every case on all ranks."""
-    world = init_world("cpu")
-    init_communication(world)
+def check(out: Path, tied: Path, untied: Path, world: World) -> dict[str, dict[str, float]]:
+    """Run every case on all ranks; norms and losses by case."""
     measured = {name: r for stage in range(4) for name, r in stage_results(stage, tied, untied, world)}
     if world.size == 1:
         measured |= dict(by_the_book(tied, untied))
@@ -217,9 +219,4 @@ def main(out: Path, tied: Path, untied: Path) -> None:
     if world.is_main:
         assert all(other == norms[0] for other in norms), f"ranks disagree about the norm: {norms}"
         torch.save({name: gradients for name, (gradients, _, _) in measured.items()}, out / "gradients.pt")
-        losses = {name: loss for name, (_, _, loss) in measured.items()}
-        write_results(out, {"norms": norms[0], "losses": losses})
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+    return {"norms": norms[0], "losses": {name: loss for name, (_, _, loss) in measured.items()}}
