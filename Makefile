@@ -4,8 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-# Modules are compiled when they are first imported, which most never are.
-PIP    := $(BIN)/python -m pip install --quiet --no-deps --no-compile
+PIP    := $(BIN)/python -m pip install --quiet --no-deps
 
 # Where pip finds no CPU build of torch as it is configured, torch alone is asked for once more, from the
 # PyTorch project's own index. Always naming that index would cost retries per package where it is unreachable.
