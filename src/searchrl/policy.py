@@ -34,6 +34,7 @@ class PolicyModel(nn.Module):
         self.model: Any = model
         self.temperature = temperature
         self.chunk_size = chunk_size
+        # torch annotates neither of the two.
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]
 

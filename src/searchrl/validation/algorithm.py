@@ -78,10 +78,12 @@ def _loss(loss: LossConfig, update: UpdateConfig) -> Iterator[str]:
             f"loss.constant_length={loss.constant_length} is only used with loss.aggregation=constant, not "
             f"{loss.aggregation}; set that, or 0"
         )
-    for name in ("kl_coef", "entropy_coef", "llds_coef"):
-        value = {"kl_coef": loss.kl_coef, "entropy_coef": loss.entropy_coef, "llds_coef": loss.llds_coef}[
-            name
-        ]
+    coefficients = {
+        "kl_coef": loss.kl_coef,
+        "entropy_coef": loss.entropy_coef,
+        "llds_coef": loss.llds_coef,
+    }
+    for name, value in coefficients.items():
         if not 0 <= value < math.inf:
             yield f"loss.{name}={value:g} must not be negative"
     if loss.llds_coef > 0 and update.epochs * update.minibatches == 1:
