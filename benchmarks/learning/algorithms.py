@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 ALGORITHMS: dict[str, tuple[str, ...]] = {
@@ -58,6 +60,13 @@ def run(out: Path, seeds: Sequence[int], algorithms: Sequence[str], steps: int, 
                 shutil.rmtree(folder / "model")
 
 
+def one_hop(folder: Path) -> dict[str, bool]:
+    """Exact match of the final evaluation's one-hop questions, by id: training sees no others."""
+    (path,) = sorted((folder / "eval").glob("step-*.json"))
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return {row["id"]: row["exact_match"] for row in rows if row["hops"] == 1}
+
+
 def outcome(folder: Path) -> dict[str, float] | None:
     """Final exact match of one-hop questions, and what the run trained on; None if it has not finished."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -81,20 +90,44 @@ def table(out: Path) -> None:
     heads = [
         *(f"EM, seed {seed}" for seed in seeds),
         "mean",
+        "against grpo [95 %]",
         "gold shown",
         "reward, last 4",
         "1000 tokens a run",
     ]
     print("| algorithm | " + " | ".join(heads) + " |\n|---" + "|---" * len(heads) + "|")
     for algorithm in ALGORITHMS:
-        runs = [found.get(f"{algorithm}-{seed}") for seed in seeds]
-        done = [values for values in runs if values is not None]
-        cells = ["-" if values is None else f"{values['em']:.3f}" for values in runs]
-        if done:
-            means = {key: sum(values[key] for values in done) / len(done) for key in done[0]}
-            cells += [f"{means['em']:.3f}", f"{means['shown']:.3f}", f"{means['reward']:.3f}"]
-            cells.append(f"{means['tokens'] / 1000:.0f}")
-            print(f"| {algorithm} | " + " | ".join(cells) + " |")
+        runs = {seed: found.get(f"{algorithm}-{seed}") for seed in seeds}
+        done = {seed: values for seed, values in runs.items() if values is not None}
+        if not done:
+            continue
+        means = {key: fmean(values[key] for values in done.values()) for key in next(iter(done.values()))}
+        compared = [seed for seed in done if found.get(f"grpo-{seed}") is not None]
+        cells = [
+            *("-" if values is None else f"{values['em']:.3f}" for values in runs.values()),
+            f"{means['em']:.3f}",
+            _against_grpo(out, algorithm, compared),
+            f"{means['shown']:.3f}",
+            f"{means['reward']:.3f}",
+            f"{means['tokens'] / 1000:.0f}",
+        ]
+        print(f"| {algorithm} | " + " | ".join(cells) + " |")
+
+
+def _against_grpo(out: Path, algorithm: str, seeds: Sequence[str]) -> str:
+    """Mean difference in EM over the same questions, seeds pooled, and its normal 95 % interval.
+
+    The interval knows the questions' variance, not the seeds'.
+    """
+    if algorithm == "grpo" or not seeds:
+        return "-"
+    differences = []
+    for seed in seeds:
+        theirs = one_hop(out / f"grpo-{seed}")
+        ours = one_hop(out / f"{algorithm}-{seed}")
+        differences += [float(ours[id_]) - float(theirs[id_]) for id_ in theirs]
+    mean, half = fmean(differences), 1.96 * stdev(differences) / math.sqrt(len(differences))
+    return f"{mean:+.3f} [{mean - half:.3f}, {mean + half:.3f}]"
 
 
 def main() -> None:
