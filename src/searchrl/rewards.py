@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from searchrl.answers import contains_answer, exact_match
 from searchrl.config import RewardKind
 from searchrl.trajectory import Example, Group, Outcome, Trajectory
 
@@ -19,22 +19,9 @@ FORMAT_CREDIT = 0.2
 EVIDENCE_CREDIT = 0.4
 """Below half an exact match: evidence without the answer never pays as much as the answer."""
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _BODY = r"(?:(?!</?(?:think|search|information|answer)>).)*"
 _SEARCH_TURN = re.compile(rf"\s*<think>{_BODY}</think>\s*<search>{_BODY}</search>\s*", re.DOTALL)
 _ANSWER_TURN = re.compile(rf"\s*<think>{_BODY}</think>\s*<answer>{_BODY}</answer>\s*", re.DOTALL)
-
-
-def normalize(text: str) -> str:
-    """Lower-case, drop ASCII punctuation and the articles a/an/the, collapse white space (SQuAD's rule)."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
-
-
-def exact_match(answer: str | None, golden_answers: Sequence[str]) -> bool:
-    """True if the normalised answer equals any normalised gold; an empty one on either side never does."""
-    prediction = normalize(answer or "")
-    return bool(prediction) and any(normalize(gold) == prediction for gold in golden_answers)
 
 
 def is_valid_format(trajectory: Trajectory, eos_text: str) -> bool:
@@ -51,13 +38,6 @@ def is_valid_format(trajectory: Trajectory, eos_text: str) -> bool:
     if not all(_SEARCH_TURN.fullmatch(turn.text) for turn in searches):
         return False
     return _ANSWER_TURN.fullmatch(last.text.removesuffix(eos_text)) is not None
-
-
-def contains_answer(text: str, golden_answers: Sequence[str]) -> bool:
-    """True if a gold answer is a whole-token subsequence of the text, both normalised."""
-    padded = f" {normalize(text)} "
-    golds = (normalize(gold) for gold in golden_answers)
-    return any(gold and f" {gold} " in padded for gold in golds)
 
 
 def is_retrieval_hit(trajectory: Trajectory, example: Example) -> bool:

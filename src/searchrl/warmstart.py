@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from searchrl.actor import Actor, TokenOutputs
+from searchrl.answers import contains_answer
 from searchrl.batching import balance, count_loss_tokens, pack
 from searchrl.config import (
     Config,
@@ -34,7 +35,6 @@ from searchrl.config import (
 from searchrl.console import Console
 from searchrl.distributed import World, barrier, broadcast_object
 from searchrl.protocol import Protocol
-from searchrl.rewards import contains_answer
 from searchrl.tools import Tool
 from searchrl.trajectory import Example, Finish, Outcome, Sample, ToolCall, Trajectory, Turn
 
