@@ -340,6 +340,12 @@ RENORMALISE = "truncates the distribution that rollouts sample from, but the los
             "reward.kind=em_plus_format rewards thinking before acting, which demonstrations with "
             "warmstart.thoughts=false never show; choose warmstart.thoughts=true, or reward=em",
         ),
+        (["watch.min_ess_ratio=1.1"], "watch.min_ess_ratio=1.1 must lie between 0 and 1"),
+        (
+            ["watch.ignore=[searches,length]"],
+            "watch.ignore=length is no rule; choose among likelihood, entropy, gradient, mismatch, "
+            "repetition, thinking, unanswered, searches",
+        ),
         (
             ["retrieval.max_failed_fraction=-0.1"],
             "retrieval.max_failed_fraction=-0.1 must lie between 0 and 1",
@@ -416,6 +422,7 @@ def test_all_problems_are_reported_at_once() -> None:
         "saving.keep",
         "warmstart.epochs",
         "warmstart.batch_size",
+        "watch.window",
     ],
 )
 def test_counts_are_at_least_one(name: str) -> None:
@@ -437,6 +444,7 @@ def test_counts_are_at_least_one(name: str) -> None:
         "episode.deadline_s",
         "sync.probe_max_abs_diff",
         "warmstart.lr",
+        "watch.likelihood_fall",
     ],
 )
 def test_amounts_are_above_zero(name: str) -> None:

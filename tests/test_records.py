@@ -137,6 +137,12 @@ RESPONSES = (3 + 13 + 4) + 2 + (1 + 6 + 5 + 7 + 2) + (2 + 20 + 3)
         ("retrieval/hit", 1 / 4),
         ("retrieval/evidence", 1.0),  # over the one trajectory whose question names its passages
         ("retrieval/recall_at_k", 1 / 4),
+        ("collapse/logprob_correct", (3 * -0.123456 + 4 * -2 + 2 * -2) / (7 + 2)),  # per sampled token
+        ("collapse/logprob_wrong", (-1 + 5 * -0.123456 + 2 * -2 + 5 * -0.123456) / (8 + 5)),
+        ("collapse/think_words", (2 + 0 + 2 + 2) / 4),
+        ("collapse/repetition", 0.0),
+        ("collapse/malformed_answer", 0.0),
+        ("collapse/unanswered", 1 / 4),
     ],
 )
 def test_metrics_by_hand(name: str, value: float) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from searchrl.answers import contains_answer
+from searchrl.collapse import collapse_terms
 from searchrl.metrics import Tally
 from searchrl.rewards import Reward, ScoredGroup
 from searchrl.trajectory import Outcome, Provenance, Trajectory, Turn
@@ -52,6 +53,8 @@ def _add_trajectory(
     tally.add("retrieval/hit", float(reward.retrieval_hit))
     if reward.evidence is not None:
         tally.add("retrieval/evidence", float(reward.evidence))
+    for name, (value, weight) in collapse_terms(trajectory, correct=reward.exact_match == 1.0).items():
+        tally.add(f"collapse/{name}", value, weight)
     for turn in trajectory.turns:
         tally.add("rollout/invalid_turns", float(turn.is_invalid))
         if turn.call is not None:

@@ -12,7 +12,7 @@ from searchrl.checkpoint import Checkpoints
 from searchrl.collect import Collected, collect
 from searchrl.config import Config, Device, KlPlacement
 from searchrl.data.sampler import Sampler
-from searchrl.distributed import gather_objects, reduce_values
+from searchrl.distributed import broadcast_object, gather_objects, reduce_values
 from searchrl.environment import matmul_gflops
 from searchrl.errors import SearchrlError
 from searchrl.evaluate import (
@@ -26,7 +26,7 @@ from searchrl.evaluate import (
     save_results,
     table_rows,
 )
-from searchrl.metrics import Clock, MetricLog, Tally
+from searchrl.metrics import Clock, MetricLog, Tally, read_records
 from searchrl.records import rollout_tally, write_trajectories
 from searchrl.retrieval.meter import merge_stats
 from searchrl.rewards import ScoredGroup
@@ -34,6 +34,7 @@ from searchrl.samples import to_samples, unscored_samples
 from searchrl.setup import Run, make_actor, open_run
 from searchrl.trajectory import Example, Group, Sample
 from searchrl.update import apply_update, prepare_update, reward_penalties
+from searchrl.watch import Watch
 from searchrl.weight_sync import WeightSync
 
 
@@ -56,12 +57,16 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
         checkpoints = Checkpoints(folder=env.run_dir / "checkpoints", keep=cfg.saving.keep, world=env.world)
         sync = _weight_sync(run, actor)
         start = _resume(run, actor, sampler, checkpoints) if cfg.resume else 0
+        # Main's numbers on every rank: a watch that stops the run must stop it everywhere.
+        watch = Watch(cfg.watch, broadcast_object(read_records(env.run_dir, start)))
         log = MetricLog(env.run_dir, cfg.logger, resolved, resumed_step=start) if env.world.is_main else None
         first = sync(env.runner, version=start)
         env.console.say(f"sync: engine and trainer agree to {first.probe_max_abs_diff:.2g} nats")
         before = _evaluate_before(run, start)
 
         for step in range(start, cfg.steps):
+            if watch.must_stop():
+                raise _stopped(watch, checkpoints.path(step))
             clock = Clock()
             with clock("rollout"):
                 collected = _rollout(run, sampler, step)
@@ -74,12 +79,16 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
                 synced = sync(env.runner, version=step + 1)
             metrics = _step_metrics(run, collected, samples) | penalized | updated | synced.metrics()
             metrics |= clock.metrics() | _machine_metrics(cfg)
+            alarms = watch.observe(broadcast_object(metrics))
+            metrics |= watch.metrics()
             if cfg.eval.every and (step + 1) % cfg.eval.every == 0 and step + 1 < cfg.steps:
                 metrics |= eval_metrics(_evaluate(run, step + 1, cfg.eval.interim_questions))
             if log is not None:
                 log.write(step + 1, metrics)
             env.console.step(step + 1, cfg.steps, metrics)
-            if cfg.saving.every and (step + 1) % cfg.saving.every == 0:
+            for alarm in alarms:
+                env.console.say(f"watch: {alarm}")
+            if watch.must_stop() or (cfg.saving.every and (step + 1) % cfg.saving.every == 0):
                 checkpoints.save(actor, step=step + 1, sampler=sampler.state_dict())
 
         checkpoints.save(actor, step=max(start, cfg.steps), sampler=sampler.state_dict())
@@ -162,6 +171,14 @@ def _step_metrics(run: Run, collected: Collected, samples: Sequence[Sample]) -> 
         [sum(len(sample.trajectory.token_ids) for sample in samples)], "sum"
     )[0]
     return metrics | merge_stats(gather_objects(run.env.searches.take())).metrics()
+
+
+def _stopped(watch: Watch, checkpoint: Path) -> TrainingError:
+    alarms = "\n".join(f"  - {alarm}" for alarm in watch.alarms)
+    return TrainingError(
+        f"stopped, because watch.action=stop and the policy seems to collapse:\n{alarms}\n"
+        f"The last step is saved in {checkpoint}; resume=true watch.action=warn continues from there"
+    )
 
 
 def _machine_metrics(cfg: Config) -> dict[str, float]:

@@ -54,6 +54,7 @@ from searchrl.config.schema import (
     WandbMode,
     WarmstartConfig,
 )
+from searchrl.config.watch import WatchAction, WatchConfig
 
 __all__ = [
     "PROMPT_TEMPLATE",
@@ -98,6 +99,8 @@ __all__ = [
     "UpdateConfig",
     "WandbMode",
     "WarmstartConfig",
+    "WatchAction",
+    "WatchConfig",
     "WebConfig",
     "WeightMode",
 ]

@@ -15,6 +15,7 @@ from searchrl.config.algorithm import (
     UpdateConfig,
 )
 from searchrl.config.retrieval import RetrievalConfig
+from searchrl.config.watch import WatchConfig
 from searchrl.errors import SearchrlError
 
 PROMPT_TEMPLATE = """\
@@ -311,4 +312,5 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     saving: SavingConfig = field(default_factory=SavingConfig)
     warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from searchrl.config import Config, DType, RewardKind
+from searchrl.config import Config, DType, RewardKind, WatchConfig
+from searchrl.watch import rules
 
 
 def general_problems(cfg: Config, world_size: int) -> Iterator[str]:
@@ -14,6 +15,7 @@ def general_problems(cfg: Config, world_size: int) -> Iterator[str]:
     yield from _positive(cfg)
     yield from _ranges(cfg)
     yield from _sizes(cfg, world_size)
+    yield from _watch(cfg)
 
 
 def _required(cfg: Config) -> Iterator[str]:
@@ -46,6 +48,7 @@ def _positive(cfg: Config) -> Iterator[str]:
         "sync.probe_sequences": cfg.sync.probe_sequences,
         "sync.probe_tokens": cfg.sync.probe_tokens,
         "saving.keep": cfg.saving.keep,
+        "watch.window": cfg.watch.window,
         "warmstart.epochs": cfg.warmstart.epochs,
         "warmstart.batch_size": cfg.warmstart.batch_size,
     }
@@ -62,6 +65,7 @@ def _positive(cfg: Config) -> Iterator[str]:
         "episode.deadline_s": cfg.episode.deadline_s,
         "sync.probe_max_abs_diff": cfg.sync.probe_max_abs_diff,
         "warmstart.lr": cfg.warmstart.lr,
+        "watch.likelihood_fall": cfg.watch.likelihood_fall,
     }
     for name, number in above_zero.items():
         if not number > 0:
@@ -150,3 +154,12 @@ def _sizes(cfg: Config, world_size: int) -> Iterator[str]:
             f"optimizer.warmup_steps={cfg.optimizer.warmup_steps} never ends within steps={cfg.steps}; "
             "lower it"
         )
+
+
+def _watch(cfg: Config) -> Iterator[str]:
+    if not 0 <= cfg.watch.min_ess_ratio <= 1:
+        yield f"watch.min_ess_ratio={cfg.watch.min_ess_ratio:g} must lie between 0 and 1"
+    known = [rule.name for rule in rules(WatchConfig())]
+    for name in cfg.watch.ignore:
+        if name not in known:
+            yield f"watch.ignore={name} is no rule; choose among {', '.join(known)}"
