@@ -352,7 +352,8 @@ RENORMALISE = "truncates the distribution that rollouts sample from, but the los
         ),
         (
             ["data.train=no.jsonl"],
-            "data.train=no.jsonl does not exist; `searchrl data worldfacts` builds the quickstart's data",
+            "data.train=no.jsonl does not exist; `searchrl data worldfacts` builds the quickstart's data, "
+            "`searchrl data prepare` the published sets",
         ),
         (
             ["model.path=''"],

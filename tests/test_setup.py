@@ -9,6 +9,7 @@ import pytest
 
 from searchrl.config import Config, ConfigError, DataConfig, RewardConfig, RewardKind
 from searchrl.setup import load_questions
+from searchrl.trajectory import Message
 
 
 def questions(path: Path, *metadata: dict[str, object]) -> str:
@@ -38,3 +39,22 @@ def test_a_reward_for_evidence_needs_questions_that_name_it(tmp_path: Path) -> N
     )
     cfg.reward = RewardConfig(kind=RewardKind.em)
     assert len(load_questions(cfg)[0]) == 2
+
+
+def test_ready_prompts_come_with_both_files(tmp_path: Path) -> None:
+    files = []
+    for name, prompt in (("train", "one"), ("eval", "two")):
+        path = tmp_path / f"{name}.jsonl"
+        row = {
+            "id": "q",
+            "question": "Where?",
+            "golden_answers": ["Rome"],
+            "data_source": "t",
+            "chat": prompt,
+        }
+        path.write_text(json.dumps(row), encoding="utf-8")
+        files.append(str(path))
+    data = DataConfig(train=files[0], eval=files[1], prompt_column="chat")
+    (train,), (held_out,) = load_questions(Config(data=data))
+    assert train.prompt == (Message(role="user", content="one"),)
+    assert held_out.prompt == (Message(role="user", content="two"),)

@@ -151,7 +151,10 @@ def load_questions(cfg: Config) -> tuple[list[Example], list[Example]]:
         DataError: a file is missing or malformed.
         ConfigError: the reward needs what the training questions do not say.
     """
-    train, held_out = read_examples(Path(cfg.data.train)), read_examples(Path(cfg.data.eval))
+    train, held_out = (
+        read_examples(Path(path), prompt_column=cfg.data.prompt_column)
+        for path in (cfg.data.train, cfg.data.eval)
+    )
     if cfg.reward.kind is RewardKind.em_plus_evidence:
         for example in train:
             if not example.gold_passages:

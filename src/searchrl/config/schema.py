@@ -181,11 +181,14 @@ class DataConfig:
     """Questions."""
 
     train: str = ""
-    """Must be given: JSONL of training questions, PROTOCOL §3."""
+    """Must be given: training questions, JSONL or Parquet (docs/data.md)."""
     eval: str = ""
-    """Must be given: JSONL of held-out questions."""
+    """Must be given: held-out questions, JSONL or Parquet."""
     train_hops: tuple[int, ...] = ()
     """Train only on questions with these ``metadata.hops``; empty: all."""
+    prompt_column: str = ""
+    """A field of both files that holds ready prompts, for example ``prompt`` in files that Search-R1 wrote.
+    They replace ``episode.prompt_template``; empty: the template is used."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -28,7 +28,10 @@ def _required(cfg: Config) -> Iterator[str]:
     for name in ("data.train", "data.eval"):
         value = given[name]
         if value and not Path(value).is_file():
-            yield f"{name}={value} does not exist; `searchrl data worldfacts` builds the quickstart's data"
+            yield (
+                f"{name}={value} does not exist; `searchrl data worldfacts` builds the quickstart's data, "
+                "`searchrl data prepare` the published sets"
+            )
 
 
 def _positive(cfg: Config) -> Iterator[str]:
