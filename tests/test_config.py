@@ -42,15 +42,17 @@ FITS = {
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to work in, with files where the shipped configurations look for data: a question, no more."""
     for path in {*CONF.glob("data/*.yaml"), *CONF.glob("retrieval/*.yaml")}:
-        shipped = OmegaConf.merge({"assets": "assets", "run_dir": "runs"}, OmegaConf.load(path))
+        around = {"assets": "assets", "run_dir": "runs"}
+        shipped = OmegaConf.to_container(OmegaConf.merge(around, OmegaConf.load(path)), resolve=True)
+        assert isinstance(shipped, dict)
         for key in ("train", "eval", "corpus"):
             if key in shipped:
                 file = tmp_path / shipped[key]
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(QUESTION, encoding="utf-8")
         if "index_path" in shipped:
-            (tmp_path / shipped.index_path).mkdir(parents=True)
-            (tmp_path / shipped.index_path / "manifest.json").touch()
+            (tmp_path / shipped["index_path"]).mkdir(parents=True)
+            (tmp_path / shipped["index_path"] / "manifest.json").touch()
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
