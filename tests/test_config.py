@@ -23,18 +23,41 @@ GROUPS = sorted(
 )
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 HEAD = "the configuration cannot run:\n"
+QUESTION = '{"id": "1", "question": "q?", "golden_answers": ["a"], "data_source": "d"}\n'
+RANKS = {"nq_hotpotqa": 4, "nq_hotpotqa_google": 4, "nq_hotpotqa_7b": 8, "search_r1_paper": 8}
+"""How many ranks an experiment is made for; others: one."""
+FITS = {
+    "nq_hotpotqa_lora": 24,
+    "worldfacts_qwen": 16,
+    "worldfacts": 16,
+    "quickstart": 16,
+    "smoke": 16,
+    "nq_hotpotqa_7b": 80,
+    "search_r1_paper": 80,
+}
+"""GiB of the hardware that an experiment's comment names."""
 
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in, with files where the shipped configurations look for data."""
-    data = tmp_path / "assets" / "worldfacts"
-    data.mkdir(parents=True)
-    for name in ("corpus.jsonl", "train.jsonl", "test.jsonl"):
-        (data / name).touch()
+    """A folder to work in, with files where the shipped configurations look for data: a question, no more."""
+    for path in {*CONF.glob("data/*.yaml"), *CONF.glob("retrieval/*.yaml")}:
+        around = {"assets": "assets", "run_dir": "runs"}
+        shipped = OmegaConf.to_container(OmegaConf.merge(around, OmegaConf.load(path)), resolve=True)
+        assert isinstance(shipped, dict)
+        for key in ("train", "eval", "corpus"):
+            if key in shipped:
+                file = tmp_path / shipped[key]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(QUESTION, encoding="utf-8")
+        if "index_path" in shipped:
+            (tmp_path / shipped["index_path"]).mkdir(parents=True)
+            (tmp_path / shipped["index_path"] / "manifest.json").touch()
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
+    for name in ("SERPER_API_KEY", "BRAVE_API_KEY"):
+        monkeypatch.setenv(name, "k")
     return tmp_path
 
 
@@ -80,11 +103,7 @@ def test_every_experiment_composes(name: str) -> None:
 
 
 @pytest.mark.parametrize(("group", "option"), GROUPS)
-def test_every_option_of_every_group_composes(
-    group: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SERPER_API_KEY", "k")
-    monkeypatch.setenv("BRAVE_API_KEY", "k")
+def test_every_option_of_every_group_composes(group: str, option: str, tmp_path: Path) -> None:
     (tmp_path / "recording.sqlite").touch()
     needed = {
         "http": "retrieval.urls=[http://127.0.0.1:8000]",
@@ -518,9 +537,29 @@ def test_what_is_not_used_is_not_checked() -> None:
 
 def test_validate_prints_what_the_run_amounts_to(capsys: pytest.CaptureFixture[str]) -> None:
     main(["validate", "+experiment=smoke", "name=mine"])
-    assert capsys.readouterr().out == (
-        "valid: 2 steps of 4 groups x 4 = 16 trajectories, 32 in all; run directory runs/mine\n"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "valid: 2 steps of 4 groups x 4 = 16 trajectories, 32 in all; run directory runs/mine"
     )
+    assert lines[-1].startswith("  peak ")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_a_plan_and_fits(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(RANKS.get(name, 1)))
+    main(["validate", f"+experiment={name}"])
+    peak = float(capsys.readouterr().out.splitlines()[-1].split()[1])
+    assert 0 < peak < FITS.get(name, 80)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_opens_with_its_command(name: str) -> None:
+    lines = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1].startswith("# ")
+    assert lines[1].partition(" train ")[2].split()[0] == f"+experiment={name}"
 
 
 def test_bad_input_is_one_message_and_exit_code_two(

@@ -71,7 +71,7 @@ def load_config(overrides: Sequence[str]) -> tuple[Config, dict[str, Any]]:
     except (HydraException, OmegaConfBaseException, AttributeError) as error:
         raise ConfigError(_explain(error, overrides, Config)) from error
     assert isinstance(cfg, Config)
-    validate(cfg, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    validate(cfg, world_size=_world_size())
     resolved = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(resolved, dict)
     return cfg, {str(key): value for key, value in resolved.items()}
@@ -112,9 +112,18 @@ def _keys(schema: Any, prefix: str = "") -> list[str]:
     return keys
 
 
+def _world_size() -> int:
+    """Ranks of the run, as torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _train(args: argparse.Namespace) -> None:
+    from searchrl.plan import summary
+
     cfg, resolved = load_config(args.overrides)
     _claim_run_dir(cfg, resolved)
+    if os.environ.get("RANK", "0") == "0":
+        print(summary(cfg, world_size=_world_size()), flush=True)
     _prepare(cfg)
     from searchrl.trainer import train
 
@@ -131,12 +140,15 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _validate(args: argparse.Namespace) -> None:
+    from searchrl.plan import describe
+
     cfg, _ = load_config(args.overrides)
     print(
         f"valid: {cfg.steps} steps of {cfg.groups_per_step} groups x {cfg.group_size} = "
         f"{cfg.groups_per_step * cfg.group_size} trajectories, "
         f"{cfg.steps * cfg.groups_per_step * cfg.group_size} in all; run directory {cfg.run_dir}"
     )
+    print(describe(cfg, world_size=_world_size()))
 
 
 def _warmstart(args: argparse.Namespace) -> None:
@@ -194,7 +206,10 @@ _HYDRA_COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], None]]] = {
     "train": ("warm start if configured, GRPO, evaluation before and after", _train),
     "eval": ("evaluate checkpoint=FOLDER (or model.path) greedily on data.eval", _eval),
     "warmstart": ("make the warm-started model that train would start from", _warmstart),
-    "validate": ("compose and check a configuration without loading anything", _validate),
+    "validate": (
+        "check a configuration and print its plan: memory, tokens, steps; nothing is loaded",
+        _validate,
+    ),
 }
 
 

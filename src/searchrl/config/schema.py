@@ -169,7 +169,7 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     warmup_steps: int = 0
-    """Optimizer steps over which the learning rate rises linearly to its peak."""
+    """Steps of the run (a rollout each) over which the learning rate rises linearly to its peak."""
     schedule: Schedule = Schedule.constant
     """What the learning rate does after the warm-up."""
     max_grad_norm: float = 1.0
