@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from searchrl.rewards import Reward
+from searchrl.rewards import Components, Reward
 
 
 def plain_reward(total: float) -> Reward:
-    """A reward without components."""
+    """A reward for an answer."""
     return Reward(
-        total=total,
+        components=Components(answer=total),
         exact_match=0.0,
-        format_credit=0.0,
-        evidence_credit=0.0,
+        judged=None,
         valid_format=False,
         retrieval_hit=False,
         evidence=None,

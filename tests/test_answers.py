@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import string
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -123,3 +125,63 @@ def test_f1(answer: str | None, golds: list[str], expected: float) -> None:
 )
 def test_sub_exact_match(answer: str | None, golds: list[str], contained: bool) -> None:
     assert sub_exact_match(answer, golds) is contained
+
+
+# --- many strings ---------------------------------------------------------------------------------------
+
+PIECES = [
+    *["a", "an", "the", "The", "AN", "A", "THE", "than", "theatre", "ant", "band"],  # articles and not
+    *["Lisbon", "lisbon", "New", "York", "7", "1975", "x", "I", "İ", "ß", "é", "e\u0301", "東京", "ñ", "ﬁ"],
+    *[" ", "  ", "\t", "\n", "\u00a0", "\u2009", "\u200b", "\x1c", "\x00"],
+    *[".", ",", "-", "'", "’", '"', "«", "_", "!", "(", ")", "$", "€", "“", "…", "\\", "/", "🦊"],
+]
+
+
+def random_strings(count: int, seed: int) -> Iterator[str]:
+    """Words, articles, punctuation and spaces in any order, and now and then any characters at all."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        if rng.random() < 0.1:
+            codes = [rng.choice([rng.randrange(0x250), rng.randrange(0xD800), 0x1F600]) for _ in range(8)]
+            text = "".join(map(chr, codes[: rng.randrange(9)]))
+        else:
+            text = "".join(rng.choices(PIECES, k=rng.randrange(9)))
+        yield text.replace("Σ", "s")  # the one character whose lower case depends on its neighbours
+
+
+def f1_by_sorting(predicted: list[str], gold: list[str]) -> float:
+    """Precision and recall over two sorted lists, merged."""
+    left, right, common = sorted(predicted), sorted(gold), 0
+    while left and right:
+        if left[-1] == right[-1]:
+            common += 1
+            left.pop()
+            right.pop()
+        else:
+            (left if left[-1] > right[-1] else right).pop()
+    if not common:
+        return 0.0
+    precision, recall = common / len(predicted), common / len(gold)
+    return 2 * precision * recall / (precision + recall)
+
+
+def test_a_hundred_thousand_strings_against_second_implementations() -> None:
+    rng = random.Random(7)
+    matched = overlapping = 0
+    earlier = [(gold, normalize_by_hand(gold)) for gold in ("Lisbon", "the", "New York")]
+    for text in random_strings(100_000, seed=6):
+        normal = normalize_by_hand(text)
+        assert normalize(text) == normal, text
+        variant = rng.choice([text.upper(), f"The {text}.", f"({text})", f"{text} x"]).replace("Σ", "s")
+        pairs = rng.sample([*earlier, (variant, normalize_by_hand(variant))], k=rng.randrange(1, 3))
+        golds, normals = [gold for gold, _ in pairs], [by_hand for _, by_hand in pairs]
+        found = exact_match(text, golds)
+        assert found is (normal != "" and normal in normals), (text, golds)
+        score = f1(text, golds)
+        wanted = max(f1_by_sorting(normal.split(), gold.split()) for gold in normals)
+        assert abs(score - wanted) < 1e-12, (text, golds)
+        assert not found or score == 1.0
+        matched, overlapping = matched + found, overlapping + (0 < score < 1)
+        earlier[rng.randrange(3)] = (text, normal)
+    assert matched > 10_000
+    assert overlapping > 10_000

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from searchrl.config import RewardKind, SamplingConfig
+from searchrl.config import RewardConfig, RewardKind, SamplingConfig
 from searchrl.distributed import World, gather_objects
 from searchrl.records import write_trajectories
 from searchrl.rewards import ScoredGroup, score_group
@@ -97,7 +97,7 @@ def evaluate(
     """
     mine = list(enumerate(examples[world.rank :: world.size]))
     groups = runner.run(rollout.groups(mine, group_size=1, sampling=_GREEDY, on_finish=on_finish))
-    scored = [score_group(group, RewardKind.em, eos_text) for group in groups]
+    scored = [score_group(group, RewardConfig(kind=RewardKind.em), eos_text) for group in groups]
     if log is not None:
         write_trajectories(log, scored)
     results: dict[str, Result] = {}

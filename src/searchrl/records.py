@@ -22,7 +22,10 @@ def rollout_tally(scored: Sequence[ScoredGroup]) -> Tally:
         for trajectory in item.group.trajectories:
             for outcome in Outcome:
                 tally.add(f"rollout/outcome/{outcome}", float(trajectory.outcome is outcome))
-            tally.add("rollout/void", float(trajectory.outcome.is_void))
+        for index, reward in enumerate(item.rewards):
+            tally.add("rollout/void", float(reward is None))
+            if index in item.unscored or (reward is not None and reward.judged is not None):
+                tally.add("reward/judge_failed", float(reward is None))
         for _, trajectory, reward in item.survivors:
             _add_trajectory(tally, trajectory, reward, item.group.example.golden_answers)
             if hops := item.group.example.hops:
@@ -39,8 +42,10 @@ def _add_trajectory(
     observed = sum(tag is Provenance.OBSERVATION for tag in provenance)
     tally.add("reward/mean", reward.total)
     tally.add("reward/exact_match", reward.exact_match)
-    tally.add("reward/format", reward.format_credit)
-    tally.add("reward/evidence", reward.evidence_credit)
+    if reward.judged is not None:
+        tally.add("reward/judge", float(reward.judged))
+    for name, credit in reward.components.by_name().items():
+        tally.add(f"reward/{name}", credit)
     tally.add("reward/valid_format", float(reward.valid_format))
     tally.add("search_r1/turns_per_sample", len(trajectory.turns))
     tally.add("search_r1/search_calls_per_sample", trajectory.num_searches)
@@ -84,9 +89,11 @@ def _record(item: ScoredGroup, index: int, trajectory: Trajectory, reward: Rewar
         "hops": example.hops,
         "outcome": trajectory.outcome,
         "answer": trajectory.answer,
-        "error": trajectory.error,
+        "error": item.error(index),
         "reward": None if reward is None else reward.total,
+        "components": None if reward is None else reward.components.by_name(),
         "exact_match": None if reward is None else reward.exact_match,
+        "judged": None if reward is None else reward.judged,
         "valid_format": None if reward is None else reward.valid_format,
         "retrieval_hit": None if reward is None else reward.retrieval_hit,
         "evidence": None if reward is None else reward.evidence,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,14 @@ from searchrl.data.readers import read_examples
 from searchrl.data.sampler import fingerprint
 from searchrl.distributed import World, init_world
 from searchrl.engine import Engine
-from searchrl.extensions import load_function
 from searchrl.models import resolve_model
 from searchrl.protocol import Protocol, load_tokenizer
 from searchrl.retrieval.meter import RetrievalMeter
-from searchrl.rewards import ScoredGroup, score_group
 from searchrl.rollout import Rollout
+from searchrl.scoring import Scorer, open_scorer
 from searchrl.sources import open_retriever, source_settings
 from searchrl.tools import SearchTool
-from searchrl.trajectory import Example, Group
+from searchrl.trajectory import Example
 from searchrl.warmstart import WarmstartInputs, warmstart
 
 
@@ -44,8 +42,8 @@ class Environment:
     tool: SearchTool
     searches: RetrievalMeter
     """What this rank's searches did since it was last asked."""
-    score: Callable[[Group], ScoredGroup]
-    """Rewards of a group, as ``reward`` says."""
+    score: Scorer
+    """Rewards of groups, as ``reward`` says."""
     train_examples: list[Example]
     eval_examples: list[Example]
 
@@ -84,17 +82,10 @@ def open_environment(cfg: Config) -> Iterator[Environment]:
             protocol=protocol,
             tool=SearchTool(retriever, top_k=cfg.episode.top_k),
             searches=searches,
-            score=_score(cfg, protocol),
+            score=stack.enter_context(open_scorer(cfg.reward, protocol.eos_text, runner)),
             train_examples=train_examples,
             eval_examples=eval_examples,
         )
-
-
-def _score(cfg: Config, protocol: Protocol) -> Callable[[Group], ScoredGroup]:
-    custom = None
-    if cfg.reward.kind is RewardKind.custom:
-        custom = load_function(cfg.reward.import_path, cfg.reward.kwargs, section="reward", positional=2)
-    return partial(score_group, kind=cfg.reward.kind, eos_text=protocol.eos_text, custom=custom)
 
 
 @contextmanager

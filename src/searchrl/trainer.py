@@ -125,8 +125,9 @@ def _rollout(run: Run, sampler: Sampler, step: int) -> Collected:
         )
     name = f"step-{step + 1:06d}.rank{world.rank}.jsonl"
     write_trajectories(env.run_dir / "trajectories" / name, collected.scored)
-    trajectories = [t for item in collected.scored for t in item.group.trajectories]
-    _check_failures(run, [str(t.error) for t in trajectories if t.outcome.is_void], len(trajectories))
+    members = [(item, index) for item in collected.scored for index in range(len(item.rewards))]
+    void = [str(item.error(index)) for item, index in members if item.rewards[index] is None]
+    _check_failures(run, void, len(members))
     return collected
 
 
@@ -148,7 +149,7 @@ def _samples(
 
 
 def _check_failures(run: Run, errors: Sequence[str], count: int) -> None:
-    """Stop when searches fail too often: what survives is no fair sample of the questions.
+    """Stop when searches or judgements fail too often: what survives is no fair sample of the questions.
 
     Args:
         run: this rank's parts.
@@ -160,7 +161,7 @@ def _check_failures(run: Run, errors: Sequence[str], count: int) -> None:
     if len(everywhere) > run.env.cfg.retrieval.max_failed_fraction * total:
         raise TrainingError(
             f"{len(everywhere)} of {total} trajectories are void, more than retrieval.max_failed_fraction="
-            f"{run.env.cfg.retrieval.max_failed_fraction:g} allows; the searches failed with: "
+            f"{run.env.cfg.retrieval.max_failed_fraction:g} allows; what failed: "
             + "; ".join(sorted(set(everywhere))[:3])
         )
 

@@ -386,14 +386,14 @@ def test_too_many_failed_searches_stop_the_run_and_say_why(later: dict[str, Futu
     assert ended.seconds < 60
     message = ended.printed[ended.printed.rindex("trajectories are void") :]
     assert "retrieval.max_failed_fraction=0.1" in message
-    assert "the searches failed with: timeout: " in message
+    assert "what failed: timeout: " in message
 
 
 def test_a_server_that_returns_with_another_index_stops_the_run(later: dict[str, Future[Ended]]) -> None:
     ended = later["swapped"].result()
     assert ended.code == 1, ended.printed
     message = ended.printed[ended.printed.rindex("trajectories are void") :]
-    assert "the searches failed with: error: " in message
+    assert "what failed: error: " in message
     assert "but this run began with index" in message
 
 

@@ -19,8 +19,6 @@ from searchrl.config.algorithm import (
     RejectionConfig,
     RejectionLevel,
     ResamplingConfig,
-    RewardConfig,
-    RewardKind,
     UpdateConfig,
     WeightMode,
 )
@@ -29,6 +27,13 @@ from searchrl.config.retrieval import (
     RetrievalConfig,
     RetrievalKind,
     WebConfig,
+)
+from searchrl.config.reward import (
+    JUDGE_TEMPLATE,
+    AnswerScore,
+    JudgeConfig,
+    RewardConfig,
+    RewardKind,
 )
 from searchrl.config.schema import (
     PROMPT_TEMPLATE,
@@ -57,10 +62,12 @@ from searchrl.config.schema import (
 from searchrl.config.watch import WatchAction, WatchConfig
 
 __all__ = [
+    "JUDGE_TEMPLATE",
     "PROMPT_TEMPLATE",
     "AdvantageConfig",
     "AdvantageKind",
     "Aggregation",
+    "AnswerScore",
     "Attention",
     "BatchingConfig",
     "Config",
@@ -75,6 +82,7 @@ __all__ = [
     "FilterConfig",
     "ImportanceConfig",
     "IndexKind",
+    "JudgeConfig",
     "KlEstimator",
     "KlPlacement",
     "Level",

@@ -11,10 +11,10 @@ from searchrl.config.algorithm import (
     ImportanceConfig,
     LossConfig,
     ResamplingConfig,
-    RewardConfig,
     UpdateConfig,
 )
 from searchrl.config.retrieval import RetrievalConfig
+from searchrl.config.reward import RewardConfig
 from searchrl.config.watch import WatchConfig
 from searchrl.errors import SearchrlError
 

@@ -6,6 +6,7 @@ from searchrl.config import Config, ConfigError
 from searchrl.validation.algorithm import algorithm_problems
 from searchrl.validation.general import general_problems
 from searchrl.validation.retrieval import retrieval_problems
+from searchrl.validation.reward import reward_problems
 
 
 def validate(cfg: Config, *, world_size: int = 1) -> None:
@@ -18,6 +19,7 @@ def validate(cfg: Config, *, world_size: int = 1) -> None:
     problems = [
         *general_problems(cfg, world_size),
         *algorithm_problems(cfg),
+        *reward_problems(cfg),
         *retrieval_problems(cfg.retrieval),
     ]
     if problems:
