@@ -294,6 +294,7 @@ def test_no_worker_outlives_the_audit(tmp_path: Path, kill: str) -> None:
         wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in found))
     finally:
         audit_process.kill()
+        corpus.unlink()  # pytest keeps folders of earlier runs
 
 
 def workers_at_work(parent: int) -> Iterator[int]:
