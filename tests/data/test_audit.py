@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import example as always
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -93,6 +94,8 @@ TEXTS = st.text('aAx2ñΣςİ\u0301’«.-_"\n\u00a0\x1c   ', max_size=12)
 
 
 @given(st.lists(TEXTS, max_size=4), st.lists(TEXTS, max_size=5))
+@always(["x xx", "xx x"], ["x x"])  # beginnings and ends of tokens
+@always(["x 2", "x", "x 2"], ["x", "2", "x 2", "x 2 x"])  # answers that share their longest token
 def test_found_is_what_is_contained(passages: list[str], golds: list[str]) -> None:
     finder = AnswerFinder(golds)
     seen: set[str] = set()
