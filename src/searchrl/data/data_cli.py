@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -19,6 +20,7 @@ def main(argv: Sequence[str]) -> None:
     _add_prepare(
         commands.add_parser("prepare", help="published question sets (NQ, HotpotQA, …) as rows of ours")
     )
+    _add_audit(commands.add_parser("audit", help="which gold answers occur in a corpus at all"))
     args = parser.parse_args(argv)
     args.function(args)
 
@@ -67,3 +69,55 @@ def _prepare(args: argparse.Namespace) -> None:
         seed=args.seed,
         console=Console(enabled=True),
     )
+
+
+def _add_audit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--questions", type=Path, required=True, help="the question set")
+    parser.add_argument("--corpus", type=Path, required=True, help="passages: JSONL, may be .gz")
+    parser.add_argument("--workers", type=int, help="processes that search; default: one per core")
+    parser.add_argument("--out", type=Path, help="folder for audit.json and audit.md")
+    parser.add_argument(
+        "--keep-answerable", type=Path, metavar="FILE", help="write the answerable and yes/no questions there"
+    )
+    parser.set_defaults(function=_audit)
+
+
+def _audit(args: argparse.Namespace) -> None:
+    from searchrl.console import Console
+    from searchrl.data.audit import COLUMNS, audit, make_folder, table, write_answerable, write_report
+    from searchrl.data.errors import DataError
+    from searchrl.data.readers import read_examples
+
+    kept: Path | None = args.keep_answerable
+    examples = read_examples(args.questions)
+    if kept is not None and kept.resolve() == args.questions.resolve():
+        raise DataError(f"--keep-answerable {kept} is the question set itself: name another file")
+    for folder in (args.out, kept and kept.parent):  # before the pass, which takes long
+        if folder is not None:
+            make_folder(folder)
+    console = Console(enabled=True)
+    workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
+    size = args.corpus.stat().st_size if args.corpus.exists() else 0
+    with console.progress("MiB of the corpus", size >> 20) as advance:
+        result = audit(examples, args.corpus, workers=workers, on_bytes=_in_mebibytes(advance))
+    console.table(f"{result.passages:,} passages of {args.corpus}", COLUMNS, table(result))
+    if args.out is not None:
+        write_report(result, args.out, questions=args.questions, corpus=args.corpus)
+        console.say(f"{args.out / 'audit.json'} has the ids of all unanswerable questions")
+    if kept is not None:
+        count = write_answerable(result, args.questions, kept)
+        dropped = len(examples) - count
+        console.say(f"{kept} has {count:,} of {len(examples):,} questions; {dropped:,} were dropped")
+
+
+def _in_mebibytes(advance: Callable[[object], None]) -> Callable[[int], None]:
+    """Call ``advance`` once for every whole MiB."""
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        for _ in range((done + count >> 20) - (done >> 20)):
+            advance(None)
+        done += count
+
+    return on_bytes
