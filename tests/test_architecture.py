@@ -24,11 +24,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "trajectory", "distributed", "environment", "console", "data.errors", "data.packages"),
     ("protocol", "data", "rewards", "algorithm", "batching", "metrics", "retrieval", "models", "extensions"),
     ("policy",),
-    ("engine", "actor", "tools", "records", "validation"),
+    ("engine", "actor", "tools", "records", "validation", "failures"),
     ("rollout", "weight_sync", "checkpoint", "objective", "samples"),
-    ("evaluate", "warmstart", "sources", "update", "collect"),
+    ("evaluation", "warmstart", "sources", "update", "collect"),
     ("setup",),
-    ("trainer",),
+    ("trainer", "evaluation.benchmark"),
     ("cli", "doctor", "report"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from searchrl.answers import contains_answer
 from searchrl.metrics import Tally
 from searchrl.rewards import Reward, ScoredGroup
-from searchrl.trajectory import Outcome, Provenance, Trajectory, Turn
+from searchrl.trajectory import Group, Outcome, Provenance, Trajectory, Turn
 
 
 def rollout_tally(scored: Sequence[ScoredGroup]) -> Tally:
@@ -66,15 +66,26 @@ def write_trajectories(path: Path, scored: Sequence[ScoredGroup]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for item in scored:
-            pairs = zip(item.group.trajectories, item.rewards, strict=True)
-            for index, (trajectory, reward) in enumerate(pairs):
-                file.write(json.dumps(_record(item, index, trajectory, reward), ensure_ascii=False) + "\n")
+            for index, reward in enumerate(item.rewards):
+                record = trajectory_record(item.group, index, _reward_scores(reward))
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _record(item: ScoredGroup, index: int, trajectory: Trajectory, reward: Reward | None) -> dict[str, Any]:
-    example = item.group.example
+def _reward_scores(reward: Reward | None) -> dict[str, Any]:
     return {
-        "id": f"{item.group.id}/{index}",
+        "reward": None if reward is None else reward.total,
+        "exact_match": None if reward is None else reward.exact_match,
+        "valid_format": None if reward is None else reward.valid_format,
+        "retrieval_hit": None if reward is None else reward.retrieval_hit,
+        "evidence": None if reward is None else reward.evidence,
+    }
+
+
+def trajectory_record(group: Group, index: int, scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Trajectory ``index`` of a group, for reading, with its ``scores`` by name."""
+    example, trajectory = group.example, group.trajectories[index]
+    return {
+        "id": f"{group.id}/{index}",
         "question_id": example.id,
         "question": example.question,
         "golden_answers": example.golden_answers,
@@ -82,11 +93,7 @@ def _record(item: ScoredGroup, index: int, trajectory: Trajectory, reward: Rewar
         "outcome": trajectory.outcome,
         "answer": trajectory.answer,
         "error": trajectory.error,
-        "reward": None if reward is None else reward.total,
-        "exact_match": None if reward is None else reward.exact_match,
-        "valid_format": None if reward is None else reward.valid_format,
-        "retrieval_hit": None if reward is None else reward.retrieval_hit,
-        "evidence": None if reward is None else reward.evidence,
+        **scores,
         "provenance": [[tag, len(list(run))] for tag, run in groupby(trajectory.provenance)],
         "turns": [_turn_record(turn) for turn in trajectory.turns],
     }
