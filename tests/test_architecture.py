@@ -36,11 +36,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "extensions",
     ),
     ("policy", "model_shape", "judge"),
-    ("engine", "actor", "tools", "records", "scoring", "validation", "plan"),
+    ("engine", "actor", "tools", "records", "scoring", "validation", "plan", "failures"),
     ("rollout", "weight_sync", "checkpoint", "objective", "samples"),
-    ("evaluate", "warmstart", "sources", "update", "collect"),
+    ("evaluation", "warmstart", "sources", "update", "collect"),
     ("setup",),
-    ("trainer",),
+    ("trainer", "evaluation.benchmark"),
     ("cli", "doctor", "report"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

@@ -113,7 +113,7 @@ def test_every_option_of_every_group_composes(group: str, option: str, tmp_path:
         "judge": "reward.judge={url: 'http://127.0.0.1:8001/v1', model: m}",
     }
     more = [needed[option]] if option in needed else []
-    cfg, _ = load_config(["+experiment=smoke", f"{group}={option}", *more])
+    cfg, _ = load_config(["+experiment=smoke", f"{group}={option}", *more], training=option != "oracle")
     loaded = OmegaConf.load(CONF / group / f"{option}.yaml")
     around = {"assets": "assets", "run_dir": "runs/smoke"}
     given = OmegaConf.to_container(OmegaConf.merge(around, loaded), resolve=True)
@@ -324,6 +324,11 @@ RENORMALISE = "truncates the distribution that rollouts sample from, but the los
             "retrieval.cache=a.sqlite has nothing to record with retrieval=none; leave it empty",
         ),
         (
+            ["retrieval.kind=oracle"],
+            "retrieval.kind=oracle returns the gold passages whatever is asked, so a policy would learn that "
+            "queries do not matter; use it with `searchrl eval`, or choose retrieval=bm25",
+        ),
+        (
             ["retrieval.kind=none", "retrieval.shuffle_documents=true"],
             "retrieval.shuffle_documents=true shuffles the embedded corpus, which retrieval.kind=none does "
             "not have; choose retrieval=shuffled, or set it to false",
@@ -435,6 +440,7 @@ def test_all_problems_are_reported_at_once() -> None:
         "episode.max_query_chars",
         "episode.max_consecutive_invalid",
         "episode.top_k",
+        "eval.samples",
         "retrieval.max_concurrency",
         "batching.max_tokens",
         "batching.logprob_chunk",
@@ -463,6 +469,7 @@ def test_counts_are_at_least_one(name: str) -> None:
         "retrieval.timeout_s",
         "retrieval.deadline_s",
         "episode.deadline_s",
+        "eval.temperature",
         "sync.probe_max_abs_diff",
         "warmstart.lr",
         "watch.likelihood_fall",
@@ -605,6 +612,58 @@ def test_only_the_first_rank_claims_the_directory(workplace: Path, monkeypatch: 
     monkeypatch.setenv("RANK", "1")
     _claim_run_dir(cfg, resolved)
     assert not (workplace / "runs").exists()
+
+
+def test_an_evaluation_needs_a_model_and_questions_only() -> None:
+    for name in ("train", "corpus"):
+        Path(f"assets/worldfacts/{name}.jsonl").unlink()
+    given = ["checkpoint=org/model", "data.eval=assets/worldfacts/test.jsonl", "retrieval=none"]
+    assert load_config(given, training=False)[0].checkpoint == "org/model"
+    trained = problems(*given)
+    assert "  - model.path is not set" in trained
+    assert "  - data.train is not set" in trained
+
+    warm = ["+experiment=smoke", "retrieval=none"]  # its model is made from training questions
+    with pytest.raises(ConfigError, match=r"data\.train=assets/worldfacts/train\.jsonl does not exist"):
+        load_config(warm, training=False)
+    load_config([*warm, "warmstart.demonstrations=0", "data.train=''"], training=False)
+
+
+def test_an_oracle_needs_a_corpus_and_records_nothing() -> None:
+    cfg = valid()
+    cfg.retrieval = RetrievalConfig(kind=RetrievalKind.oracle, corpus="no.jsonl", cache="a.sqlite")
+    with pytest.raises(ConfigError) as caught:
+        validate(cfg, training=False)
+    assert str(caught.value) == (
+        f"{HEAD}  - retrieval.cache=a.sqlite has nothing to record with retrieval=oracle; leave it empty\n"
+        "  - retrieval.corpus=no.jsonl does not exist; `searchrl data worldfacts` builds the quickstart's"
+    )
+
+
+def test_an_evaluation_runs_on_any_number_of_ranks() -> None:
+    validate(valid(), world_size=3, training=False)
+    with pytest.raises(ConfigError, match="groups_per_step=4 cannot be shared evenly by 3 ranks"):
+        validate(valid(), world_size=3)
+
+
+def test_runs_and_evaluations_do_not_continue_one_another(workplace: Path) -> None:
+    cfg, resolved = load_config(["+experiment=smoke", "resume=true"])
+    folder = workplace / "runs" / "smoke"
+    (folder / "eval").mkdir(parents=True)
+    (folder / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError) as caught:
+        _claim_run_dir(cfg, resolved, training=False)
+    assert str(caught.value) == (
+        "runs/smoke holds a training run, which cannot be continued so; choose another name=..."
+    )
+    _claim_run_dir(cfg, resolved)
+    (folder / "metrics.jsonl").rename(folder / "eval" / "settings.json")
+    with pytest.raises(ConfigError, match="runs/smoke holds an evaluation, which cannot be continued so"):
+        _claim_run_dir(cfg, resolved)
+    _claim_run_dir(cfg, resolved, training=False)
+    cfg.resume = False
+    with pytest.raises(ConfigError, match="runs/smoke holds a run already"):
+        _claim_run_dir(cfg, resolved, training=False)
 
 
 def test_an_evaluation_does_not_write_over_a_run(workplace: Path) -> None:

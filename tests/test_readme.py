@@ -50,7 +50,7 @@ def test_every_command_composes(command: str) -> None:
         with pytest.raises(ConfigError, match="group_size=1"):
             load_config(overrides)
     else:
-        load_config(overrides)
+        load_config(overrides, training=words[1] != "eval")
 
 
 @pytest.mark.parametrize("target", re.findall(r"`?make ([a-z-]+)", README))

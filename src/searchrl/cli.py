@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
@@ -45,8 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.function(args)
 
 
-def load_config(overrides: Sequence[str]) -> tuple[Config, dict[str, Any]]:
+def load_config(overrides: Sequence[str], *, training: bool = True) -> tuple[Config, dict[str, Any]]:
     """Compose, convert and check a configuration.
+
+    Args:
+        overrides: as on the command line.
+        training: what it must be good for; False: an evaluation.
 
     Returns:
         The typed configuration, and the same as plain containers for the logs.
@@ -71,7 +76,7 @@ def load_config(overrides: Sequence[str]) -> tuple[Config, dict[str, Any]]:
     except (HydraException, OmegaConfBaseException, AttributeError) as error:
         raise ConfigError(_explain(error, overrides, Config)) from error
     assert isinstance(cfg, Config)
-    validate(cfg, world_size=_world_size())
+    validate(cfg, world_size=_world_size(), training=training)
     resolved = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(resolved, dict)
     return cfg, {str(key): value for key, value in resolved.items()}
@@ -131,12 +136,12 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    cfg, resolved = load_config(args.overrides)
-    _claim_run_dir(cfg, resolved)
+    cfg, resolved = load_config(args.overrides, training=False)
+    _claim_run_dir(cfg, resolved, training=False)
     _prepare(cfg)
-    from searchrl.trainer import evaluate_checkpoint
+    from searchrl.evaluation.benchmark import evaluate_checkpoint
 
-    evaluate_checkpoint(cfg)
+    evaluate_checkpoint(cfg, command=shlex.join(["searchrl", "eval", *args.overrides]))
 
 
 def _validate(args: argparse.Namespace) -> None:
@@ -179,8 +184,8 @@ def _serve(args: argparse.Namespace) -> None:
     serve(args.rest)
 
 
-def _claim_run_dir(cfg: Config, resolved: dict[str, Any]) -> None:
-    """Create the run directory and record the configuration; never write over another run."""
+def _claim_run_dir(cfg: Config, resolved: dict[str, Any], *, training: bool = True) -> None:
+    """Create the run directory and record the configuration; never write over another run or evaluation."""
     from omegaconf import OmegaConf
 
     from searchrl.config import ConfigError
@@ -188,7 +193,11 @@ def _claim_run_dir(cfg: Config, resolved: dict[str, Any]) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     run_dir = Path(cfg.run_dir)
-    if (run_dir / "metrics.jsonl").exists() and not cfg.resume:
+    trained, evaluated = (run_dir / "metrics.jsonl").exists(), (run_dir / "eval" / "settings.json").exists()
+    if cfg.resume and (evaluated if training else trained):
+        other = "an evaluation" if training else "a training run"
+        raise ConfigError(f"{run_dir} holds {other}, which cannot be continued so; choose another name=...")
+    if (trained or evaluated) and not cfg.resume:
         raise ConfigError(
             f"{run_dir} holds a run already; continue it with resume=true, or choose another name=..."
         )
@@ -204,7 +213,7 @@ def _prepare(cfg: Config) -> None:
 
 _HYDRA_COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], None]]] = {
     "train": ("warm start if configured, GRPO, evaluation before and after", _train),
-    "eval": ("evaluate checkpoint=FOLDER (or model.path) greedily on data.eval", _eval),
+    "eval": ("answer data.eval with checkpoint=FOLDER (or model.path); the benchmark table", _eval),
     "warmstart": ("make the warm-started model that train would start from", _warmstart),
     "validate": (
         "check a configuration and print its plan: memory, tokens, steps; nothing is loaded",

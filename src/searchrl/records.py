@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from searchrl.answers import contains_answer
 from searchrl.collapse import collapse_terms
 from searchrl.metrics import Tally
 from searchrl.rewards import Reward, ScoredGroup
-from searchrl.trajectory import Outcome, Provenance, Trajectory, Turn
+from searchrl.trajectory import Group, Outcome, Provenance, Trajectory, Turn
 
 
 def rollout_tally(scored: Sequence[ScoredGroup]) -> Tally:
@@ -74,22 +74,14 @@ def write_trajectories(path: Path, scored: Sequence[ScoredGroup]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for item in scored:
-            pairs = zip(item.group.trajectories, item.rewards, strict=True)
-            for index, (trajectory, reward) in enumerate(pairs):
-                file.write(json.dumps(_record(item, index, trajectory, reward), ensure_ascii=False) + "\n")
+            for index, reward in enumerate(item.rewards):
+                scores = {"error": item.error(index), **_reward_scores(reward)}
+                record = trajectory_record(item.group, index, scores)
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _record(item: ScoredGroup, index: int, trajectory: Trajectory, reward: Reward | None) -> dict[str, Any]:
-    example = item.group.example
+def _reward_scores(reward: Reward | None) -> dict[str, Any]:
     return {
-        "id": f"{item.group.id}/{index}",
-        "question_id": example.id,
-        "question": example.question,
-        "golden_answers": example.golden_answers,
-        "hops": example.hops,
-        "outcome": trajectory.outcome,
-        "answer": trajectory.answer,
-        "error": item.error(index),
         "reward": None if reward is None else reward.total,
         "components": None if reward is None else reward.components.by_name(),
         "exact_match": None if reward is None else reward.exact_match,
@@ -97,6 +89,21 @@ def _record(item: ScoredGroup, index: int, trajectory: Trajectory, reward: Rewar
         "valid_format": None if reward is None else reward.valid_format,
         "retrieval_hit": None if reward is None else reward.retrieval_hit,
         "evidence": None if reward is None else reward.evidence,
+    }
+
+
+def trajectory_record(group: Group, index: int, scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Trajectory ``index`` of a group, for reading, with its ``scores`` and ``error`` by name."""
+    example, trajectory = group.example, group.trajectories[index]
+    return {
+        "id": f"{group.id}/{index}",
+        "question_id": example.id,
+        "question": example.question,
+        "golden_answers": example.golden_answers,
+        "hops": example.hops,
+        "outcome": trajectory.outcome,
+        "answer": trajectory.answer,
+        **scores,
         "provenance": [[tag, len(list(run))] for tag, run in groupby(trajectory.provenance)],
         "turns": [_turn_record(turn) for turn in trajectory.turns],
     }

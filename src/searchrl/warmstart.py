@@ -177,7 +177,7 @@ async def _demonstrate(example: Example, inputs: WarmstartInputs, thoughts: bool
         thought = "I need to search." if number == 0 else f"It is {bridge}. I need to search again."
         turn = _turn(inputs, _think(thought, thoughts) + f"<search>{query}</search>")
         turn.call = ToolCall(query=query)
-        turn.result = await inputs.tool(turn.call)
+        turn.result = await inputs.tool(turn.call, example)
         sought = example.golden_answers if number == len(queries) - 1 else (bridge,)
         if not any(contains_answer(document.contents, sought) for document in turn.result.documents):
             return None

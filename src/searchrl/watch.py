@@ -16,6 +16,11 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 
 from searchrl.config import WatchAction, WatchConfig
+from searchrl.errors import SearchrlError
+
+
+class CollapseError(SearchrlError, RuntimeError):
+    """A bound is crossed, and ``watch.action=stop``."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

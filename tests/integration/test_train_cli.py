@@ -452,7 +452,9 @@ def test_eval_gives_the_result_of_the_end_of_training(bench: Bench, later: dict[
     ended = later["eval"].result()
     assert ended.code == 0, ended.printed
     at_the_end = json.loads((bench.at("finished") / "eval" / "step-000004.json").read_text())
-    assert json.loads((bench.at("judged") / "eval" / "step-000000.json").read_text()) == at_the_end
+    lines = (bench.at("judged") / "eval" / "results.rank0.jsonl").read_text().splitlines()
+    judged = {row["id"]: row["results"] for row in map(json.loads, lines)}
+    assert judged == {result["id"]: [result] for result in at_the_end}
 
 
 def test_training_without_retrieval_finds_nothing(bench: Bench, later: dict[str, Future[Ended]]) -> None:

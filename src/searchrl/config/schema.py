@@ -181,7 +181,8 @@ class DataConfig:
     """Questions."""
 
     train: str = ""
-    """Must be given: training questions, JSONL or Parquet (docs/data.md)."""
+    """Training questions, JSONL or Parquet (docs/data.md); must be given, unless a trained model is
+    evaluated."""
     eval: str = ""
     """Must be given: held-out questions, JSONL or Parquet."""
     train_hops: tuple[int, ...] = ()
@@ -217,16 +218,20 @@ class SyncConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvalConfig:
-    """Greedy evaluation on held-out questions."""
+    """Evaluation on held-out questions: greedy during training, as chosen here by `searchrl eval`."""
 
     every: int = 0
     """Steps between evaluations during training; 0: only before and after."""
     questions: int = 500
-    """Questions before and after training: the first so many of the file; 0: all."""
+    """`searchrl eval`, and before and after training: the first so many of every data source; 0: all."""
     interim_questions: int = 128
-    """Questions of evaluations during training."""
+    """The same for evaluations during training."""
     before: bool = True
     """Evaluate the initial policy, for the comparison at the end."""
+    samples: int = 1
+    """`searchrl eval`: answers to each question. 1: one, greedy; more are sampled, for avg@k and pass@k."""
+    temperature: float = 1.0
+    """`searchrl eval`: what several answers are sampled at."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -280,7 +285,7 @@ class Config:
     run_dir: str = "runs/${name}"
     """Where everything that a run makes is kept."""
     checkpoint: str = ""
-    """A model folder to evaluate, or to train from, in place of ``model.path`` and any warm start."""
+    """A model folder or hub name to evaluate, or to train from, in place of ``model.path`` and warm start."""
     assets: str = "assets"
     """Where models, corpora and indexes from packages are kept."""
     seed: int = 0
@@ -294,7 +299,7 @@ class Config:
     group_size: int = 8
     """Trajectories per question."""
     resume: bool = False
-    """Continue from the newest checkpoint in the run directory."""
+    """Continue from the newest checkpoint in the run directory; an evaluation: from what it has answered."""
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -317,3 +322,8 @@ class Config:
     warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    @property
+    def warm_starts(self) -> bool:
+        """True if the initial policy is made by a warm start, from training questions."""
+        return not self.checkpoint and self.warmstart.demonstrations > 0
