@@ -35,8 +35,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from searchrl.config import Attention, Config, Device, DType
-from searchrl.data.readers import read_examples
+from searchrl.data.readers import first_of_each_source, read_examples
 from searchrl.model_shape import ModelShape, find_shape
+from searchrl.trajectory import Example
 
 GIB = 2**30
 REDUCE_BUCKET_ELEMENTS = 500_000_000
@@ -225,9 +226,9 @@ def plan_tokens(cfg: Config, *, world_size: int, read_data: bool = True) -> Toke
     rows = max(1, cfg.batching.max_tokens // episode.max_context_tokens)
     per_rollout = cfg.update.epochs * cfg.update.minibatches
     share = math.ceil(trajectories / world_size / cfg.update.minibatches)
-    train, held_out = (_hops(cfg.data.train), _hops(cfg.data.eval)) if read_data else (None, None)
+    train, held_out = (_questions(cfg.data.train), _questions(cfg.data.eval)) if read_data else (None, None)
     hops = cfg.data.train_hops
-    questions = cfg.eval.questions
+    evaluated = None if held_out is None else first_of_each_source(held_out, cfg.eval.questions)
     return TokenPlan(
         trajectories_per_step=trajectories,
         longest_episode=longest,
@@ -236,14 +237,14 @@ def plan_tokens(cfg: Config, *, world_size: int, read_data: bool = True) -> Toke
         optimizer_steps_per_rollout=per_rollout,
         optimizer_steps=cfg.steps * per_rollout,
         questions_drawn=cfg.steps * cfg.groups_per_step,
-        train_questions=None if train is None else sum(not hops or hop in hops for hop in train),
-        eval_questions=None if held_out is None else min(questions or len(held_out), len(held_out)),
+        train_questions=None if train is None else sum(not hops or e.hops in hops for e in train),
+        eval_questions=None if evaluated is None else len(evaluated),
     )
 
 
-def _hops(path: str) -> list[int] | None:
-    """``metadata.hops`` of each question of a data file, if it is there."""
-    return [example.hops for example in read_examples(Path(path))] if Path(path).is_file() else None
+def _questions(path: str) -> list[Example] | None:
+    """The questions of a data file, if it is there."""
+    return read_examples(Path(path)) if Path(path).is_file() else None
 
 
 def describe(cfg: Config, *, world_size: int) -> str:

@@ -11,6 +11,7 @@ from searchrl.actor import Actor, Reference, ReferencePolicy
 from searchrl.checkpoint import Checkpoints
 from searchrl.collect import Collected, collect
 from searchrl.config import Config, Device, KlPlacement
+from searchrl.data.readers import first_of_each_source
 from searchrl.data.sampler import Sampler
 from searchrl.distributed import broadcast_object, gather_objects, reduce_values
 from searchrl.environment import matmul_gflops
@@ -22,7 +23,7 @@ from searchrl.evaluation.comparison import (
     table_rows,
 )
 from searchrl.evaluation.results import AnswerLog, Result, load_results, save_results
-from searchrl.evaluation.rollouts import evaluate, first_of_each_source
+from searchrl.evaluation.rollouts import evaluate
 from searchrl.failures import check_failures
 from searchrl.metrics import Clock, MetricLog, Tally, read_records
 from searchrl.records import rollout_tally, write_trajectories

@@ -149,11 +149,13 @@ def test_the_report_names_what_is_missing(tmp_path: Path) -> None:
     assert "- What 6? (y; z)" in text
 
 
-def test_kept_rows_stay_as_they_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["q.jsonl", "q.jsonl.gz"])
+def test_kept_rows_stay_as_they_are(tmp_path: Path, name: str) -> None:
     lines = [json.dumps(row(each), indent=None) for each in MIXED.examples]
     lines[2] = json.dumps(row(MIXED.examples[2]) | {"extra": ["é", 1.0]}, separators=(",", " :  "))
-    questions = tmp_path / "q.jsonl"
-    questions.write_text("\n".join([lines[0], "", *lines[1:4], "  ", *lines[4:]]), encoding="utf-8")
+    questions = tmp_path / name
+    content = "\n".join([lines[0], "", *lines[1:4], "  ", *lines[4:]]).encode()
+    questions.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     out = tmp_path / "kept" / "o.jsonl"
     assert write_answerable(MIXED, questions, out) == 3
     assert out.read_text(encoding="utf-8") == f"{lines[0]}\n{lines[2]}\n{lines[3]}\n"

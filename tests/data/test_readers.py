@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from searchrl.data import DataError, read_examples
+from searchrl.data.readers import first_of_each_source
 from searchrl.trajectory import Example, Message
 
 ROW: dict[str, object] = {
@@ -354,3 +355,12 @@ def test_real_questions_are_read_whole(name: str, rows: int, source: str) -> Non
     assert len(examples) == len({example.id for example in examples}) == rows
     assert {example.data_source for example in examples} == {source}
     assert all(example.question.strip() and example.golden_answers for example in examples)
+
+
+def test_the_first_of_each_source() -> None:
+    examples = [
+        Example(id=id_, question="Who?", golden_answers=("x",), data_source=source)
+        for id_, source in ("an", "bn", "cp", "dn", "ep", "fp")
+    ]
+    assert [example.id for example in first_of_each_source(examples, 2)] == ["a", "b", "c", "e"]
+    assert first_of_each_source(examples, 0) == examples

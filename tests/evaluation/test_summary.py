@@ -18,7 +18,6 @@ from searchrl.evaluation.benchmark import claim, eval_settings
 from searchrl.evaluation.intervals import wilson
 from searchrl.evaluation.published import BENCHMARKS, PUBLISHED
 from searchrl.evaluation.results import Result, load_results, save_results
-from searchrl.evaluation.rollouts import first_of_each_source
 from searchrl.evaluation.summary import pass_at, summarize
 from searchrl.evaluation.tables import published_table, result_table
 from searchrl.trajectory import Example, Outcome
@@ -157,12 +156,6 @@ def test_tables_as_markdown() -> None:
 
 def question(id_: str, source: str) -> Example:
     return Example(id=id_, question=f"{id_}?", golden_answers=("x",), data_source=source)
-
-
-def test_the_first_of_each_source() -> None:
-    examples = [question(*pair) for pair in ("an", "bn", "cp", "dn", "ep", "fp")]
-    assert [e.id for e in first_of_each_source(examples, 2)] == ["a", "b", "c", "e"]
-    assert first_of_each_source(examples, 0) == examples
 
 
 def model(folder: Path, weights: str) -> Path:

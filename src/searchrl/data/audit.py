@@ -6,8 +6,8 @@ question of several hops needs the other facts too. The share is an upper bound 
 
 from __future__ import annotations
 
+import gzip
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from searchrl.answers import normalize
 from searchrl.data.errors import DataError
+from searchrl.data.files import replacing
 from searchrl.data.occurrence import search_corpus
 from searchrl.trajectory import Example
 
@@ -23,7 +24,6 @@ COLUMNS = ("questions", "n", "yes/no", "empty", "answerable", "unanswerable", "s
 """Of `table`; ``share`` is answerable / (answerable + unanswerable)."""
 
 _SHOWN = 5
-_PARQUET_MAGIC = b"PAR1"
 
 
 class Verdict(StrEnum):
@@ -201,10 +201,11 @@ def write_answerable(audit: Audit, questions: Path, out: Path) -> int:
 
 def _rows(questions: Path, examples: Sequence[Example]) -> list[str]:
     """The rows as JSON, one for each example."""
-    with questions.open("rb") as file:
-        if file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC:
-            return [json.dumps(asdict(example), ensure_ascii=False) for example in examples]
-    return [line for line in questions.read_text(encoding="utf-8").split("\n") if line.strip()]
+    if questions.suffix == ".parquet":
+        rows = ({k: v for k, v in asdict(example).items() if v is not None} for example in examples)
+        return [json.dumps(row, ensure_ascii=False) for row in rows]
+    with gzip.open(questions, "rb") if questions.suffix == ".gz" else questions.open("rb") as file:
+        return [line.decode().rstrip("\r\n") for line in file if line.strip()]
 
 
 def make_folder(path: Path) -> None:
@@ -216,13 +217,8 @@ def make_folder(path: Path) -> None:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Write a file that appears complete or not at all."""
-    make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(path)
+        with replacing(path) as fresh:
+            fresh.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise DataError(f"cannot write {path} ({error}): name another place") from error
-    finally:
-        temporary.unlink(missing_ok=True)

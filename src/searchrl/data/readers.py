@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from searchrl.data.errors import DataError
@@ -60,6 +61,19 @@ def read_examples(path: Path, *, prompt_column: str = "") -> list[Example]:
     if not examples:
         raise DataError(f"{path} holds no rows; build or download it again")
     return examples
+
+
+def first_of_each_source(examples: Sequence[Example], limit: int) -> list[Example]:
+    """The first ``limit`` questions of every data source, in the file's order; 0: all."""
+    if limit == 0:
+        return list(examples)
+    seen: Counter[str] = Counter()
+    chosen = []
+    for example in examples:
+        seen[example.data_source] += 1
+        if seen[example.data_source] <= limit:
+            chosen.append(example)
+    return chosen
 
 
 def _example(row: Row, where: str, prompt: tuple[Message, ...] | None) -> Example:

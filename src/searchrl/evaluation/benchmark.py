@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from searchrl.config import Config, ConfigError, SamplingConfig
+from searchrl.data.readers import first_of_each_source
 from searchrl.data.sampler import fingerprint
 from searchrl.distributed import broadcast_object
 from searchrl.evaluation.results import AnswerLog, Result, drop_partial_line, finished_questions
-from searchrl.evaluation.rollouts import GREEDY, evaluate, first_of_each_source
+from searchrl.evaluation.rollouts import GREEDY, evaluate
 from searchrl.evaluation.summary import Part, summarize
 from searchrl.evaluation.tables import Table, published_table, result_table
 from searchrl.setup import Environment, initial_policy, load_policy, open_environment

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -23,19 +22,6 @@ ENGINE_FILLS = 4
 def chunk_questions(max_num_seqs: int, samples: int) -> int:
     """Questions that a rank plays together; bounds memory and what ``episode.deadline_s`` has to cover."""
     return max(1, ENGINE_FILLS * max_num_seqs // samples)
-
-
-def first_of_each_source(examples: Sequence[Example], limit: int) -> list[Example]:
-    """The first ``limit`` questions of every data source, in the file's order; 0: all."""
-    if limit == 0:
-        return list(examples)
-    seen: Counter[str] = Counter()
-    chosen = []
-    for example in examples:
-        seen[example.data_source] += 1
-        if seen[example.data_source] <= limit:
-            chosen.append(example)
-    return chosen
 
 
 def evaluate(
