@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a model 
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, len(os.sched_getaffinity(0)))))
 
+from example import touch_shipped_files
 from searchrl.environment import prepare_environment
 
 prepare_environment("cuda" if HAS_GPU else "cpu")
@@ -82,6 +83,18 @@ def update_checks(
 
     with ThreadPoolExecutor() as pool:
         return dict(zip((1, 2), pool.map(check, (1, 2)), strict=True))
+
+
+@pytest.fixture
+def shipped_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, in which every shipped configuration finds its files; its keys are set."""
+    touch_shipped_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("SERPER_API_KEY", "BRAVE_API_KEY"):
+        monkeypatch.setenv(name, "k")
+    return tmp_path
 
 
 def _tiny(name: str, factory: pytest.TempPathFactory) -> Path:

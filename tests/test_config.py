@@ -13,17 +13,16 @@ import pytest
 from omegaconf import OmegaConf
 
 import searchrl.config
+from example import CONF
 from searchrl.cli import _claim_run_dir, config_folder, load_config, main, run
 from searchrl.config import Config, ConfigError, EpisodeConfig, ModelConfig, RetrievalConfig, RetrievalKind
 from searchrl.validation import validate
 
-CONF = Path(__file__).parents[1] / "conf"
 GROUPS = sorted(
     (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "experiment"
 )
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 HEAD = "the configuration cannot run:\n"
-QUESTION = '{"id": "1", "question": "q?", "golden_answers": ["a"], "data_source": "d"}\n'
 RANKS = {"nq_hotpotqa": 4, "nq_hotpotqa_google": 4, "nq_hotpotqa_7b": 8, "search_r1_paper": 8}
 """How many ranks an experiment is made for; others: one."""
 FITS = {
@@ -39,26 +38,9 @@ FITS = {
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, with files where the shipped configurations look for data: a question, no more."""
-    for path in {*CONF.glob("data/*.yaml"), *CONF.glob("retrieval/*.yaml")}:
-        around = {"assets": "assets", "run_dir": "runs"}
-        shipped = OmegaConf.to_container(OmegaConf.merge(around, OmegaConf.load(path)), resolve=True)
-        assert isinstance(shipped, dict)
-        for key in ("train", "eval", "corpus"):
-            if key in shipped:
-                file = tmp_path / shipped[key]
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(QUESTION, encoding="utf-8")
-        if "index_path" in shipped:
-            (tmp_path / shipped["index_path"]).mkdir(parents=True)
-            (tmp_path / shipped["index_path"] / "manifest.json").touch()
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("SERPER_API_KEY", "BRAVE_API_KEY"):
-        monkeypatch.setenv(name, "k")
-    return tmp_path
+def workplace(shipped_files: Path) -> Path:
+    """A folder to work in, with files where the shipped configurations look for data."""
+    return shipped_files
 
 
 def problems(*overrides: str) -> str:

