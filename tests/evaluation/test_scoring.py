@@ -303,7 +303,7 @@ def test_one_answer_to_each_question(tokenizer: PreTrainedTokenizerFast) -> None
 
 def test_too_many_failed_searches_stop_an_evaluation(tokenizer: PreTrainedTokenizerFast) -> None:
     kept: list[str] = []
-    message = r"^1 of 8 trajectories are void, .*=0\.1 allows; the searches failed with: no connection$"
+    message = r"^1 of 8 trajectories are void, .*=0\.1 allows; what failed: no connection$"
     with pytest.raises(TooManyFailures, match=message):
         played(
             tokenizer,
