@@ -184,4 +184,4 @@ def test_a_hundred_thousand_strings_against_second_implementations() -> None:
         matched, overlapping = matched + found, overlapping + (0 < score < 1)
         earlier[rng.randrange(3)] = (text, normal)
     assert matched > 10_000
-    assert overlapping > 10_000
+    assert overlapping > 5_000

@@ -127,10 +127,10 @@ REFUSED = [
         "reward.search_cost=-0.1 is subtracted; it must be finite and not negative",
     ),
     (["reward.invalid_penalty=-1"], "reward.invalid_penalty=-1 is subtracted; it must be finite and not"),
-    (["reward.invalid_penalty=.inf"], "reward.invalid_penalty=inf is subtracted; it must be finite"),
+    (["reward.invalid_penalty=inf"], "reward.invalid_penalty=inf is subtracted; it must be finite"),
     (
         ["reward.retrieval_bonus=0.1"],
-        "reward.retrieval_bonus=0.1 is only used with reward.kind=search_r1, not em; set that, or 0",
+        "reward.retrieval_bonus=0.1 is only used with reward.kind=search_r1, not em_plus_format; set that",
     ),
     (
         ["reward=search_r1", "reward.retrieval_bonus=-0.1"],
@@ -138,7 +138,7 @@ REFUSED = [
     ),
     (["reward=search_r1", "reward.retrieval_bonus=0.6"], "reward.retrieval_bonus=0.6 must be at least 0 and"),
     (
-        ["reward=f1", "reward.kind=custom", "reward.import_path=math:hypot"],
+        ["reward=f1", "reward.kind=custom", "reward.import_path=math:pow"],
         "reward.answer_score=f1 is for presets, but reward.kind=custom scores answers itself; leave it out",
     ),
     (
@@ -209,7 +209,7 @@ def test_each_bad_value_has_its_message(overrides: list[str], message: str) -> N
         ["loss.kind=custom", "loss.import_path=math:sqrt"],
         ["reward=search_r1", "reward.retrieval_bonus=0.1", "reward.answer_score=f1"],
         ["reward.search_cost=0.05", "reward.invalid_penalty=0.1"],
-        ["reward.kind=custom_group", "reward.import_path=math:hypot", "reward.search_cost=0.1"],
+        ["reward.kind=custom_group", "reward.import_path=math:pow", "reward.search_cost=0.1"],
         [*JUDGED, "reward.kind=em_plus_format", "reward.judge.cache=verdicts.sqlite"],
     ],
 )
