@@ -181,7 +181,7 @@ def test_every_field_has_a_docstring() -> None:
         (
             "reward.kind=f1",
             "Error merging override reward.kind=f1\nInvalid value 'f1', expected one of "
-            "[em, em_plus_format, em_plus_evidence, custom]",
+            "[em, em_plus_format, em_plus_evidence, search_r1, custom, custom_group]",
         ),
     ],
 )
