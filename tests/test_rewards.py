@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchrl.config import AnswerScore, RewardConfig, RewardKind
@@ -230,6 +230,7 @@ def test_searches_and_bad_turns_cost_under_every_preset(kind: RewardKind) -> Non
     assert reward.total == pytest.approx(free.total - 0.6)
 
 
+@settings(deadline=None)
 @given(
     kind=st.sampled_from(RewardKind),
     how=st.sampled_from([AnswerScore.exact_match, AnswerScore.f1, AnswerScore.sub_exact_match]),
