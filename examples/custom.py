@@ -20,7 +20,7 @@ from torch import Tensor
 
 from searchrl.algorithm.importance import ImportanceInputs
 from searchrl.algorithm.losses import LossInputs, LossOutputs
-from searchrl.rewards import exact_match
+from searchrl.answers import exact_match
 from searchrl.trajectory import Example, Trajectory
 
 

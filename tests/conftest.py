@@ -1,9 +1,14 @@
-"""What every test shares: a quiet, deterministic environment, the order of the run, and the tiny model."""
+"""What every test shares: a quiet, deterministic environment, the order of the run, and the tiny model.
+
+The longest checks, scripts of their own, start before the first test and run beside the others: unit tests
+keep one core busy.
+"""
 
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a model 
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, len(os.sched_getaffinity(0)))))
 
+from example import touch_shipped_files
 from searchrl.environment import prepare_environment
 
 prepare_environment("cuda" if HAS_GPU else "cpu")
@@ -31,14 +37,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_stage)  # stable: within a stage the order of the files stays
     if not HAS_GPU:
         for item in items:
-            if _stage(item) == 2:
+            if item.get_closest_marker("gpu") is not None:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 def _stage(item: pytest.Item) -> int:
     if item.get_closest_marker("gpu") is not None:
-        return 2
-    return 1 if item.get_closest_marker("integration") is not None else 0
+        return 3
+    if item.get_closest_marker("integration") is None:
+        return 0
+    return 2 if _background_checks([item]) else 1
+
+
+def _background_checks(items: Sequence[pytest.Item]) -> list[str]:
+    """The check scripts, named like their fixtures, that these tests look at."""
+    asked = {name for item in items if isinstance(item, pytest.Function) for name in item.fixturenames}
+    return [name for name in ("lora_checks", "update_checks") if name in asked]
 
 
 @pytest.fixture(scope="session")
@@ -69,19 +83,51 @@ def tokenizer(tiny_model: Path) -> PreTrainedTokenizerFast:
     return loaded
 
 
-@pytest.fixture(scope="session")
-def update_checks(
-    tiny_model: Path, tiny_model_untied: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, tuple[Path, Checks]]:
-    """By number of ranks: the folder and the results of ``update_checks``, made side by side."""
+@pytest.fixture(scope="session", autouse=True)
+def background(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[tuple[str, int], Future[tuple[Path, Checks]]]]:
+    """Check scripts that this session's tests look at, one after another, on one rank and on two."""
     from integration.launch import run_checks
 
-    def check(ranks: int) -> tuple[Path, Checks]:
-        out = tmp_path_factory.mktemp("update")
-        return out, run_checks("update_checks", out, tiny_model, tiny_model_untied, ranks=ranks)
+    def check(script: str, ranks: int) -> tuple[Path, Checks]:
+        out = tmp_path_factory.mktemp(f"{script}{ranks}")
+        return out, run_checks(script, out, *models, ranks=ranks, timeout_s=900)
 
-    with ThreadPoolExecutor() as pool:
-        return dict(zip((1, 2), pool.map(check, (1, 2)), strict=True))
+    scripts = _background_checks(request.session.items)
+    models = [request.getfixturevalue(name) for name in ("tiny_model", "tiny_model_untied") if scripts]
+    pool = ThreadPoolExecutor(1)
+    # Those on one rank first: beside the unit tests, some of which look at the clock, only one core is free.
+    yield {(script, ranks): pool.submit(check, script, ranks) for ranks in (1, 2) for script in scripts}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def update_checks(
+    background: dict[tuple[str, int], Future[tuple[Path, Checks]]],
+) -> dict[int, tuple[Path, Checks]]:
+    """By number of ranks: the folder and the results of ``update_checks``."""
+    return {ranks: background["update_checks", ranks].result() for ranks in (1, 2)}
+
+
+@pytest.fixture(scope="session")
+def lora_checks(
+    background: dict[tuple[str, int], Future[tuple[Path, Checks]]],
+) -> dict[int, tuple[Path, Checks]]:
+    """By number of ranks: the folder and the results of ``lora_checks``."""
+    return {ranks: background["lora_checks", ranks].result() for ranks in (1, 2)}
+
+
+@pytest.fixture
+def shipped_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, in which every shipped configuration finds its files; its keys are set."""
+    touch_shipped_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("SERPER_API_KEY", "BRAVE_API_KEY"):
+        monkeypatch.setenv(name, "k")
+    return tmp_path
 
 
 def _tiny(name: str, factory: pytest.TempPathFactory) -> Path:

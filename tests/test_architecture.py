@@ -20,15 +20,27 @@ PACKAGE = Path(__file__).parents[1] / "src" / "searchrl"
 MAX_FILE, MAX_FUNCTION = 400, 60
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "answers"),
     ("config", "trajectory", "distributed", "environment", "console", "data.errors", "data.packages"),
-    ("protocol", "data", "rewards", "algorithm", "batching", "metrics", "retrieval", "models", "extensions"),
-    ("policy",),
-    ("engine", "actor", "tools", "records", "validation"),
+    (
+        "protocol",
+        "data",
+        "rewards",
+        "algorithm",
+        "batching",
+        "metrics",
+        "collapse",
+        "watch",
+        "retrieval",
+        "models",
+        "extensions",
+    ),
+    ("policy", "model_shape", "judge"),
+    ("engine", "actor", "tools", "records", "scoring", "validation", "plan", "failures"),
     ("rollout", "weight_sync", "checkpoint", "objective", "samples"),
-    ("evaluate", "warmstart", "sources", "update", "collect"),
+    ("evaluation", "warmstart", "sources", "update", "collect"),
     ("setup",),
-    ("trainer",),
+    ("trainer", "evaluation.benchmark"),
     ("cli", "doctor", "report"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

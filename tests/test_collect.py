@@ -5,7 +5,7 @@ Letters: C has a signal, E and H have none, S never ends. E and H end before C d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +145,9 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_ended(player: Player) -> None:
 def test_every_complete_group_is_scored_once(player: Player, oversample: float) -> None:
     scored: list[int] = []
 
-    def score(group: Group) -> ScoredGroup:
-        scored.append(group.id)
-        return exact(group)
+    def score(groups: Sequence[Group]) -> list[ScoredGroup]:
+        scored.extend(group.id for group in groups)
+        return exact(groups)
 
     resampling = ResamplingConfig(max_rounds=3, oversample=oversample)
     sampler = Sampler(stream("HCHHECCHHCCC"), seed=0)
@@ -177,8 +177,8 @@ def test_a_lone_survivor_is_no_signal() -> None:
 
 
 def test_a_failure_of_a_reward_ends_the_step(player: Player) -> None:
-    def score(group: Group) -> ScoredGroup:
-        raise ZeroDivisionError(group.example.id)
+    def score(groups: Sequence[Group]) -> list[ScoredGroup]:
+        raise ZeroDivisionError(groups[0].example.id)
 
     sampler = Sampler(stream("CC"), seed=0)
     with pytest.raises(ZeroDivisionError):

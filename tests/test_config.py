@@ -13,29 +13,34 @@ import pytest
 from omegaconf import OmegaConf
 
 import searchrl.config
+from example import CONF
 from searchrl.cli import _claim_run_dir, config_folder, load_config, main, run
 from searchrl.config import Config, ConfigError, EpisodeConfig, ModelConfig, RetrievalConfig, RetrievalKind
 from searchrl.validation import validate
 
-CONF = Path(__file__).parents[1] / "conf"
 GROUPS = sorted(
     (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "experiment"
 )
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 HEAD = "the configuration cannot run:\n"
+RANKS = {"nq_hotpotqa": 4, "nq_hotpotqa_google": 4, "nq_hotpotqa_7b": 8, "search_r1_paper": 8}
+"""How many ranks an experiment is made for; others: one."""
+FITS = {
+    "nq_hotpotqa_lora": 24,
+    "worldfacts_qwen": 16,
+    "worldfacts": 16,
+    "quickstart": 16,
+    "smoke": 16,
+    "nq_hotpotqa_7b": 80,
+    "search_r1_paper": 80,
+}
+"""GiB of the hardware that an experiment's comment names."""
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in, with files where the shipped configurations look for data."""
-    data = tmp_path / "assets" / "worldfacts"
-    data.mkdir(parents=True)
-    for name in ("corpus.jsonl", "train.jsonl", "test.jsonl"):
-        (data / name).touch()
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path
+def workplace(shipped_files: Path) -> Path:
+    """A folder to work in, with files where the shipped configurations look for data."""
+    return shipped_files
 
 
 def problems(*overrides: str) -> str:
@@ -80,20 +85,17 @@ def test_every_experiment_composes(name: str) -> None:
 
 
 @pytest.mark.parametrize(("group", "option"), GROUPS)
-def test_every_option_of_every_group_composes(
-    group: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SERPER_API_KEY", "k")
-    monkeypatch.setenv("BRAVE_API_KEY", "k")
+def test_every_option_of_every_group_composes(group: str, option: str, tmp_path: Path) -> None:
     (tmp_path / "recording.sqlite").touch()
     needed = {
         "http": "retrieval.urls=[http://127.0.0.1:8000]",
         "searxng": "retrieval.web.url=http://127.0.0.1:8080",
         "mcp": "retrieval.web.url=http://127.0.0.1:8080/mcp",
         "replay": f"retrieval.cache={tmp_path}/recording.sqlite",
+        "judge": "reward.judge={url: 'http://127.0.0.1:8001/v1', model: m}",
     }
     more = [needed[option]] if option in needed else []
-    cfg, _ = load_config(["+experiment=smoke", f"{group}={option}", *more])
+    cfg, _ = load_config(["+experiment=smoke", f"{group}={option}", *more], training=option != "oracle")
     loaded = OmegaConf.load(CONF / group / f"{option}.yaml")
     around = {"assets": "assets", "run_dir": "runs/smoke"}
     given = OmegaConf.to_container(OmegaConf.merge(around, loaded), resolve=True)
@@ -179,7 +181,7 @@ def test_every_field_has_a_docstring() -> None:
         (
             "reward.kind=f1",
             "Error merging override reward.kind=f1\nInvalid value 'f1', expected one of "
-            "[em, em_plus_format, em_plus_evidence, custom]",
+            "[em, em_plus_format, em_plus_evidence, search_r1, custom, custom_group]",
         ),
     ],
 )
@@ -304,6 +306,11 @@ RENORMALISE = "truncates the distribution that rollouts sample from, but the los
             "retrieval.cache=a.sqlite has nothing to record with retrieval=none; leave it empty",
         ),
         (
+            ["retrieval.kind=oracle"],
+            "retrieval.kind=oracle returns the gold passages whatever is asked, so a policy would learn that "
+            "queries do not matter; use it with `searchrl eval`, or choose retrieval=bm25",
+        ),
+        (
             ["retrieval.kind=none", "retrieval.shuffle_documents=true"],
             "retrieval.shuffle_documents=true shuffles the embedded corpus, which retrieval.kind=none does "
             "not have; choose retrieval=shuffled, or set it to false",
@@ -340,13 +347,20 @@ RENORMALISE = "truncates the distribution that rollouts sample from, but the los
             "reward.kind=em_plus_format rewards thinking before acting, which demonstrations with "
             "warmstart.thoughts=false never show; choose warmstart.thoughts=true, or reward=em",
         ),
+        (["watch.min_ess_ratio=1.1"], "watch.min_ess_ratio=1.1 must lie between 0 and 1"),
+        (
+            ["watch.ignore=[searches,length]"],
+            "watch.ignore=length is no rule; choose among likelihood, entropy, gradient, mismatch, "
+            "repetition, thinking, unanswered, searches",
+        ),
         (
             ["retrieval.max_failed_fraction=-0.1"],
             "retrieval.max_failed_fraction=-0.1 must lie between 0 and 1",
         ),
         (
             ["data.train=no.jsonl"],
-            "data.train=no.jsonl does not exist; `searchrl data worldfacts` builds the quickstart's data",
+            "data.train=no.jsonl does not exist; `searchrl data worldfacts` builds the quickstart's data, "
+            "`searchrl data prepare` the published sets",
         ),
         (
             ["model.path=''"],
@@ -408,6 +422,7 @@ def test_all_problems_are_reported_at_once() -> None:
         "episode.max_query_chars",
         "episode.max_consecutive_invalid",
         "episode.top_k",
+        "eval.samples",
         "retrieval.max_concurrency",
         "batching.max_tokens",
         "batching.logprob_chunk",
@@ -416,6 +431,7 @@ def test_all_problems_are_reported_at_once() -> None:
         "saving.keep",
         "warmstart.epochs",
         "warmstart.batch_size",
+        "watch.window",
     ],
 )
 def test_counts_are_at_least_one(name: str) -> None:
@@ -435,8 +451,10 @@ def test_counts_are_at_least_one(name: str) -> None:
         "retrieval.timeout_s",
         "retrieval.deadline_s",
         "episode.deadline_s",
+        "eval.temperature",
         "sync.probe_max_abs_diff",
         "warmstart.lr",
+        "watch.likelihood_fall",
     ],
 )
 def test_amounts_are_above_zero(name: str) -> None:
@@ -509,9 +527,29 @@ def test_what_is_not_used_is_not_checked() -> None:
 
 def test_validate_prints_what_the_run_amounts_to(capsys: pytest.CaptureFixture[str]) -> None:
     main(["validate", "+experiment=smoke", "name=mine"])
-    assert capsys.readouterr().out == (
-        "valid: 2 steps of 4 groups x 4 = 16 trajectories, 32 in all; run directory runs/mine\n"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "valid: 2 steps of 4 groups x 4 = 16 trajectories, 32 in all; run directory runs/mine"
     )
+    assert lines[-1].startswith("  peak ")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_a_plan_and_fits(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(RANKS.get(name, 1)))
+    main(["validate", f"+experiment={name}"])
+    peak = float(capsys.readouterr().out.splitlines()[-1].split()[1])
+    assert 0 < peak < FITS.get(name, 80)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_opens_with_its_command(name: str) -> None:
+    lines = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1].startswith("# ")
+    assert lines[1].partition(" train ")[2].split()[0] == f"+experiment={name}"
 
 
 def test_bad_input_is_one_message_and_exit_code_two(
@@ -556,6 +594,58 @@ def test_only_the_first_rank_claims_the_directory(workplace: Path, monkeypatch: 
     monkeypatch.setenv("RANK", "1")
     _claim_run_dir(cfg, resolved)
     assert not (workplace / "runs").exists()
+
+
+def test_an_evaluation_needs_a_model_and_questions_only() -> None:
+    for name in ("train", "corpus"):
+        Path(f"assets/worldfacts/{name}.jsonl").unlink()
+    given = ["checkpoint=org/model", "data.eval=assets/worldfacts/test.jsonl", "retrieval=none"]
+    assert load_config(given, training=False)[0].checkpoint == "org/model"
+    trained = problems(*given)
+    assert "  - model.path is not set" in trained
+    assert "  - data.train is not set" in trained
+
+    warm = ["+experiment=smoke", "retrieval=none"]  # its model is made from training questions
+    with pytest.raises(ConfigError, match=r"data\.train=assets/worldfacts/train\.jsonl does not exist"):
+        load_config(warm, training=False)
+    load_config([*warm, "warmstart.demonstrations=0", "data.train=''"], training=False)
+
+
+def test_an_oracle_needs_a_corpus_and_records_nothing() -> None:
+    cfg = valid()
+    cfg.retrieval = RetrievalConfig(kind=RetrievalKind.oracle, corpus="no.jsonl", cache="a.sqlite")
+    with pytest.raises(ConfigError) as caught:
+        validate(cfg, training=False)
+    assert str(caught.value) == (
+        f"{HEAD}  - retrieval.cache=a.sqlite has nothing to record with retrieval=oracle; leave it empty\n"
+        "  - retrieval.corpus=no.jsonl does not exist; `searchrl data worldfacts` builds the quickstart's"
+    )
+
+
+def test_an_evaluation_runs_on_any_number_of_ranks() -> None:
+    validate(valid(), world_size=3, training=False)
+    with pytest.raises(ConfigError, match="groups_per_step=4 cannot be shared evenly by 3 ranks"):
+        validate(valid(), world_size=3)
+
+
+def test_runs_and_evaluations_do_not_continue_one_another(workplace: Path) -> None:
+    cfg, resolved = load_config(["+experiment=smoke", "resume=true"])
+    folder = workplace / "runs" / "smoke"
+    (folder / "eval").mkdir(parents=True)
+    (folder / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError) as caught:
+        _claim_run_dir(cfg, resolved, training=False)
+    assert str(caught.value) == (
+        "runs/smoke holds a training run, which cannot be continued so; choose another name=..."
+    )
+    _claim_run_dir(cfg, resolved)
+    (folder / "metrics.jsonl").rename(folder / "eval" / "settings.json")
+    with pytest.raises(ConfigError, match="runs/smoke holds an evaluation, which cannot be continued so"):
+        _claim_run_dir(cfg, resolved)
+    _claim_run_dir(cfg, resolved, training=False)
+    cfg.resume = False
+    with pytest.raises(ConfigError, match="runs/smoke holds a run already"):
+        _claim_run_dir(cfg, resolved, training=False)
 
 
 def test_an_evaluation_does_not_write_over_a_run(workplace: Path) -> None:

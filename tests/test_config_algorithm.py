@@ -29,6 +29,9 @@ def smoke() -> Config:
     return load_config(["+experiment=smoke"])[0]
 
 
+JUDGE = "http://127.0.0.1:8001/v1"
+JUDGED = ("reward=judge", f"reward.judge={{url: '{JUDGE}', model: m}}")
+
 REFUSED = [
     (["loss.eps_low=1"], "loss.eps_low=1, loss.eps_high=0.28: the clip range needs 0 <= eps_low < 1 and"),
     (["loss.eps_low=-0.1"], "loss.eps_low=-0.1, loss.eps_high=0.28: the clip range needs"),
@@ -111,6 +114,65 @@ REFUSED = [
         "loss.import_path and loss.kwargs are only used with loss.kind=custom; set that, or leave them out",
     ),
     (
+        ["reward.import_path=a:b"],
+        "reward.import_path and reward.kwargs are only used with reward.kind=custom or custom_group; set",
+    ),
+    (["reward.kind=custom_group"], "reward.kind=custom_group needs reward.import_path, of the form module:f"),
+    (
+        ["reward.kind=custom_group", "reward.import_path=math:sqrt"],
+        "reward.import_path=math:sqrt cannot be called with 2 arguments",
+    ),
+    (
+        ["reward.search_cost=-0.1"],
+        "reward.search_cost=-0.1 is subtracted; it must be finite and not negative",
+    ),
+    (["reward.invalid_penalty=-1"], "reward.invalid_penalty=-1 is subtracted; it must be finite and not"),
+    (["reward.invalid_penalty=inf"], "reward.invalid_penalty=inf is subtracted; it must be finite"),
+    (
+        ["reward.retrieval_bonus=0.1"],
+        "reward.retrieval_bonus=0.1 is only used with reward.kind=search_r1, not em_plus_format; set that",
+    ),
+    (
+        ["reward=search_r1", "reward.retrieval_bonus=-0.1"],
+        "reward.retrieval_bonus=-0.1 must be at least 0 and below 0.6, where a wrong answer would earn",
+    ),
+    (["reward=search_r1", "reward.retrieval_bonus=0.6"], "reward.retrieval_bonus=0.6 must be at least 0 and"),
+    (
+        ["reward=f1", "reward.kind=custom", "reward.import_path=math:pow"],
+        "reward.answer_score=f1 is for presets, but reward.kind=custom scores answers itself; leave it out",
+    ),
+    (
+        ["reward.judge.model=m"],
+        "reward.judge is only used with reward.answer_score=judge, not exact_match; set that, or leave",
+    ),
+    (
+        ["reward=judge", "reward.judge.model=m"],
+        "reward.judge.url='' is no http:// or https:// address, which reward.answer_score=judge needs; for",
+    ),
+    (
+        ["reward=judge", "reward.judge={url: 'ftp://x/v1', model: m}"],
+        "reward.judge.url='ftp://x/v1' is no http:// or https:// address",
+    ),
+    (
+        ["reward=judge", "reward.judge={url: 'http://u:secret@x/v1', model: m}"],
+        "reward.judge.url must be an address without a user, a query or a fragment; a key goes into the "
+        "environment variable JUDGE_API_KEY",
+    ),
+    (["reward=judge", f"reward.judge.url={JUDGE}"], "reward.judge.model is not set; name the model as the"),
+    ([*JUDGED, "reward.judge.timeout_s=0"], "reward.judge.timeout_s=0 must be above 0"),
+    (
+        [*JUDGED, "reward.judge.max_concurrency=0"],
+        "reward.judge.max_concurrency=0 must lie between 1 and 100",
+    ),
+    (
+        [*JUDGED, "reward.judge.prompt_template='Is it {answer}?'"],
+        "reward.judge.prompt_template lacks {question}, {golden_answers}; a judge must see what it judges",
+    ),
+    (
+        [*JUDGED, "resampling.oversample=1.5"],
+        "resampling.oversample=1.5 needs rewards while episodes run, but reward.answer_score=judge judges",
+    ),
+    (
         ["loss.kind=custom", "loss.import_path=math"],
         "loss.import_path=math is not of the form module:function",
     ),
@@ -145,10 +207,22 @@ def test_each_bad_value_has_its_message(overrides: list[str], message: str) -> N
         ["importance.level=geometric", "importance.mode=clip", "importance.normalize=true"],
         ["importance.lo=0", "importance.mode=mask"],
         ["loss.kind=custom", "loss.import_path=math:sqrt"],
+        ["reward=search_r1", "reward.retrieval_bonus=0.1", "reward.answer_score=f1"],
+        ["reward.search_cost=0.05", "reward.invalid_penalty=0.1"],
+        ["reward.kind=custom_group", "reward.import_path=math:pow", "reward.search_cost=0.1"],
+        [*JUDGED, "reward.kind=em_plus_format", "reward.judge.cache=verdicts.sqlite"],
     ],
 )
 def test_what_belongs_together_is_accepted(overrides: list[str]) -> None:
     load_config(["+experiment=smoke", *overrides])
+
+
+def test_a_key_that_cannot_be_sent_is_found_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", "k\u00e9y")
+    with pytest.raises(ConfigError) as caught:
+        load_config(["+experiment=smoke", *JUDGED])
+    assert "JUDGE_API_KEY holds characters that no key has" in str(caught.value)
+    assert "k\u00e9y" not in str(caught.value)
 
 
 def test_all_problems_are_reported_at_once() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +43,7 @@ def test_the_reward_costs_searches(cfg: Config) -> None:
     searched = replace(turn, result=ToolResult(documents=(), seconds=0.1), observation_ids=[3])
     trajectory = Trajectory(prompt_ids=[1], turns=[searched, turn], outcome=Outcome.ANSWERED, answer="Lisbon")
     example = Example(id="q", question="?", golden_answers=("Lisbon",), data_source="t")
-    reward = score(trajectory, example, cfg.reward.kind, "<eos>", frugal)
+    reward = score(trajectory, example, cfg.reward, "<eos>", custom=frugal(trajectory, example))
     assert (reward.total, reward.exact_match) == (0.95, 1.0)
 
 
@@ -81,3 +83,41 @@ def test_the_weights_stay_below_their_bound(cfg: Config) -> None:
     )
     weights = correct(inputs, cfg.importance, smooth).weights
     assert weights.tolist() == pytest.approx([2 * 0.46211716, 2.0, 2.0])
+
+
+# --- docs/rewards.md --------------------------------------------------------------------------------------
+
+REWARDS = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^    searchrl (.*)$", REWARDS.replace("\\\n", " "), re.MULTILINE)
+(GROUP_REWARD,) = re.findall(r"```python\n(.*?)```", REWARDS, re.DOTALL)
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with the page's own function and, empty, the data that its commands name."""
+    folder = tmp_path / "assets" / "worldfacts"
+    folder.mkdir(parents=True)
+    for name in ("train", "dev", "test", "corpus"):
+        (folder / f"{name}.jsonl").touch()
+    (tmp_path / "mine.py").write_text(GROUP_REWARD, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("data")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_page_on_rewards_compose(command: str) -> None:
+    load_config(shlex.split(command)[1:])
+
+
+@pytest.mark.usefixtures("data")
+def test_the_group_reward_of_the_page_shares() -> None:
+    function = load_function("mine:shared", {}, section="reward", positional=2)
+    turn = Turn(token_ids=[2], logprobs=[-1.0], text="", finish=Finish.STOP, policy_version=0)
+    members = [
+        Trajectory(prompt_ids=[1], turns=[turn], outcome=Outcome.ANSWERED, answer=answer)
+        for answer in ("Rome", "Lisbon", "rome")
+    ]
+    example = Example(id="q", question="?", golden_answers=("Rome",), data_source="t")
+    assert len(COMMANDS) == 3
+    assert function(members, example) == [0.5, 0.0, 0.5]

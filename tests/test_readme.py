@@ -11,12 +11,17 @@ import pytest
 
 from searchrl.cli import load_config
 from searchrl.config import ConfigError
+from searchrl.data import data_cli
 from searchrl.retrieval import index_cli, server
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SETTINGS = {"data.train", "data.eval", "retrieval.corpus"}
-FLAGS = {"index": index_cli.argument_parser, "serve": server.argument_parser}
+FLAGS = {
+    "data": data_cli.argument_parser,
+    "index": index_cli.argument_parser,
+    "serve": server.argument_parser,
+}
 COMMANDS = [
     line.strip().partition("  #")[0]
     for line in README.splitlines()
@@ -24,21 +29,11 @@ COMMANDS = [
 ]
 
 
-@pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder in which the data that the experiments name exist (empty: nothing is loaded here)."""
-    folder = tmp_path / "assets" / "worldfacts"
-    folder.mkdir(parents=True)
-    for name in ("train", "dev", "test", "corpus"):
-        (folder / f"{name}.jsonl").touch()
-    monkeypatch.chdir(tmp_path)
-
-
 def test_there_are_commands() -> None:
     assert len(COMMANDS) >= 6
 
 
-@pytest.mark.usefixtures("workspace")
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_composes(command: str) -> None:
     words = shlex.split(command)
@@ -50,7 +45,7 @@ def test_every_command_composes(command: str) -> None:
         with pytest.raises(ConfigError, match="group_size=1"):
             load_config(overrides)
     else:
-        load_config(overrides)
+        load_config(overrides, training="eval" not in words)
 
 
 @pytest.mark.parametrize("target", re.findall(r"`?make ([a-z-]+)", README))

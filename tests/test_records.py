@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from searchrl.config import RewardKind
+from searchrl.config import RewardConfig, RewardKind
 from searchrl.records import rollout_tally, write_trajectories
 from searchrl.rewards import ScoredGroup, score_group
 from searchrl.trajectory import (
@@ -100,8 +100,16 @@ def groups() -> list[ScoredGroup]:
         ended(searched(2, 20, GOLD), searched(3, 0, OTHER), answer=None, outcome=Outcome.CONTEXT_LIMIT),
     ]
     return [
-        score_group(Group(id=4, example=one_hop, trajectories=first), RewardKind.em_plus_format, EOS),
-        score_group(Group(id=5, example=two_hop, trajectories=second), RewardKind.em_plus_format, EOS),
+        score_group(
+            Group(id=4, example=one_hop, trajectories=first),
+            RewardConfig(kind=RewardKind.em_plus_format),
+            EOS,
+        ),
+        score_group(
+            Group(id=5, example=two_hop, trajectories=second),
+            RewardConfig(kind=RewardKind.em_plus_format),
+            EOS,
+        ),
     ]
 
 
@@ -119,6 +127,7 @@ RESPONSES = (3 + 13 + 4) + 2 + (1 + 6 + 5 + 7 + 2) + (2 + 20 + 3)
         ("reward/exact_match", 2 / 4),
         ("reward/exact_match_1_hop", 2 / 3),
         ("reward/exact_match_2_hop", 0.0),
+        ("reward/answer", 2 / 4),
         ("reward/format", 0.2 / 4),  # credit …
         ("reward/valid_format", 1 / 4),  # … and rate are two metrics
         ("loss_mask/observation_fraction", (13 + 7 + 20) / RESPONSES),  # inserted tokens are no observation
@@ -137,6 +146,12 @@ RESPONSES = (3 + 13 + 4) + 2 + (1 + 6 + 5 + 7 + 2) + (2 + 20 + 3)
         ("retrieval/hit", 1 / 4),
         ("retrieval/evidence", 1.0),  # over the one trajectory whose question names its passages
         ("retrieval/recall_at_k", 1 / 4),
+        ("collapse/logprob_correct", (3 * -0.123456 + 4 * -2 + 2 * -2) / (7 + 2)),  # per sampled token
+        ("collapse/logprob_wrong", (-1 + 5 * -0.123456 + 2 * -2 + 5 * -0.123456) / (8 + 5)),
+        ("collapse/think_words", (2 + 0 + 2 + 2) / 4),
+        ("collapse/repetition", 0.0),
+        ("collapse/malformed_answer", 0.0),
+        ("collapse/unanswered", 1 / 4),
     ],
 )
 def test_metrics_by_hand(name: str, value: float) -> None:
@@ -162,7 +177,7 @@ def test_every_outcome_has_its_share() -> None:
 def test_a_rollout_of_void_trajectories_has_outcomes_and_no_rewards() -> None:
     group = groups()[1].group
     del group.trajectories[1]
-    metrics = rollout_tally([score_group(group, RewardKind.em, EOS)]).reduce()
+    metrics = rollout_tally([score_group(group, RewardConfig(), EOS)]).reduce()
     assert metrics["rollout/void"] == 1.0
     assert all(name.startswith("rollout/") for name in metrics)
     assert rollout_tally([]).reduce() == {}
@@ -186,7 +201,17 @@ def test_the_log_has_a_readable_line_per_trajectory(tmp_path: Path) -> None:
         "answer": "the Tiber",
         "error": None,
         "reward": 1.2,
+        "components": {
+            "answer": 1.0,
+            "format": 0.2,
+            "evidence": 0.0,
+            "retrieval": 0.0,
+            "custom": 0.0,
+            "search_cost": 0.0,
+            "invalid_penalty": 0.0,
+        },
         "exact_match": 1.0,
+        "judged": None,
         "valid_format": True,
         "retrieval_hit": True,
         "evidence": None,

@@ -1,20 +1,25 @@
-"""Answers, formats and presets, as tables; only what the policy wrote itself can earn anything."""
+"""Formats and presets, as tables; only what the policy wrote itself can earn anything."""
 
 from __future__ import annotations
 
-import string
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchrl.config import RewardKind
+from searchrl.config import AnswerScore, RewardConfig, RewardKind
+from searchrl.records import rollout_tally
 from searchrl.rewards import (
-    contains_answer,
-    exact_match,
+    Claim,
+    Components,
+    JudgeError,
+    RewardError,
     is_retrieval_hit,
     is_valid_format,
-    normalize,
+    open_claims,
     score,
     score_group,
 )
@@ -63,98 +68,6 @@ def turn(text: str, *, found: tuple[str, ...] | None = None, feedback: bool = Fa
 
 def episode(*turns: Turn, answer: str | None, outcome: Outcome = Outcome.ANSWERED) -> Trajectory:
     return Trajectory(prompt_ids=[0], turns=list(turns), outcome=outcome, answer=answer)
-
-
-# --- answers --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "normal"),
-    [
-        ("Lisbon", "lisbon"),
-        ("  The  Lisbon.\n", "lisbon"),
-        ("a an the", ""),
-        ("theatre", "theatre"),
-        ("The Theatre of a Nation", "theatre of nation"),
-        ("U.S.A.", "usa"),
-        ("rock-n-roll", "rocknroll"),
-        ("O'Brien's", "obriens"),
-        ("1,000", "1000"),
-        ("«Ça»", "«ça»"),  # only ASCII punctuation goes
-        ("a.b", "ab"),  # punctuation goes first, then articles
-        ("a. b", "b"),
-        ("the\u00a0end", "end"),
-        ("", ""),
-        ("?!", ""),
-    ],
-)
-def test_normalize(text: str, normal: str) -> None:
-    assert normalize(text) == normal
-
-
-def normalize_by_hand(text: str) -> str:
-    """SQuAD's rule character by character, without a regular expression."""
-    kept = [c for c in "".join(map(str.lower, text)) if c not in string.punctuation]
-    words: list[str] = []
-    run, in_word = "", False
-    for c in [*kept, " "]:
-        is_word = c.isalnum() or c == "_"  # what \b looks at
-        if run and is_word != in_word:
-            words.append(" " if run in ("a", "an", "the") else run)
-            run = ""
-        run, in_word = run + c, is_word
-    words.append(run)
-    return " ".join("".join(words).split())
-
-
-@given(
-    st.one_of(
-        st.text(max_size=20),
-        st.lists(
-            st.sampled_from(["a", "an", "The", "the", "x", " ", ".", "-", "\n", "é", "_", "’s", "2", "İ"]),
-            max_size=12,
-        ).map("".join),
-    )
-)
-def test_normalize_against_a_second_implementation(text: str) -> None:
-    # Lower-casing depends on neighbours for the final sigma alone.
-    text = text.replace("Σ", "s")
-    assert normalize(text) == normalize_by_hand(text)
-
-
-@pytest.mark.parametrize(
-    ("answer", "golds", "matched"),
-    [
-        ("Lisbon", ["Lisbon"], True),
-        ("the lisbon!", ["Lisbon"], True),
-        ("Lisboa", ["Lisbon", "Lisboa"], True),
-        ("Lisbon, Portugal", ["Lisbon"], False),
-        ("Lis", ["Lisbon"], False),
-        ("", ["Lisbon"], False),
-        (None, ["Lisbon"], False),
-        ("The", ["a"], False),  # both empty once normalised
-        ("", [""], False),
-        ("x", [], False),
-    ],
-)
-def test_exact_match(answer: str | None, golds: list[str], matched: bool) -> None:
-    assert exact_match(answer, golds) is matched
-
-
-@pytest.mark.parametrize(
-    ("text", "golds", "contained"),
-    [
-        ("He lived in Lisbon.", ["Lisbon"], True),
-        ("He lived in Lisbonne.", ["Lisbon"], False),
-        ("in New\nYork City", ["new york"], True),
-        ("in New Jersey, York", ["new york"], False),
-        ("the a", ["a"], False),
-        ("", ["x"], False),
-        ("x", ["y", "X"], True),
-    ],
-)
-def test_a_gold_is_contained_as_whole_words(text: str, golds: list[str], contained: bool) -> None:
-    assert contains_answer(text, golds) is contained
 
 
 # --- the format -----------------------------------------------------------------------------------------
@@ -229,26 +142,115 @@ def test_only_an_answered_episode_has_a_valid_format(outcome: Outcome) -> None:
 BAD_FORM = "<answer>Lisbon</answer>"
 
 
+HIT = ('"Porto"\nNorth of Lisbon.',)
+MISS = ('"Porto"\nA city.',)
+
+TRAJECTORIES = {
+    "right, valid": episode(turn(THINK_ANSWER), answer="the LISBOA."),
+    "right, invalid": episode(turn(BAD_FORM), answer="Lisbon"),
+    "right, valid, found": episode(turn(THINK_SEARCH, found=HIT), turn(THINK_ANSWER), answer="Lisbon"),
+    "right after a bad turn": episode(turn("hm", feedback=True), turn(THINK_ANSWER), answer="Lisbon"),
+    "wrong, valid": episode(turn(THINK_SEARCH, found=MISS), turn(THINK_ANSWER), answer="Porto"),
+    "wrong, valid, found": episode(turn(THINK_SEARCH, found=HIT), turn(THINK_ANSWER), answer="Porto"),
+    "wrong, invalid": episode(turn(BAD_FORM), answer="Porto"),
+    "wrong, invalid, found": episode(turn("<search>x</search>", found=HIT), turn(BAD_FORM), answer="Porto"),
+    "empty answer": episode(turn("<think>t</think><answer></answer>"), answer=""),
+    "no answer": episode(turn(THINK_SEARCH, found=MISS), answer=None, outcome=Outcome.TURN_LIMIT),
+    "no answer, found": episode(turn(THINK_SEARCH, found=HIT), answer=None, outcome=Outcome.CONTEXT_LIMIT),
+}
+EM = RewardConfig()
+FORMAT = RewardConfig(kind=RewardKind.em_plus_format)
+SEARCH_R1 = RewardConfig(kind=RewardKind.search_r1)
+BONUS = RewardConfig(kind=RewardKind.search_r1, retrieval_bonus=0.1)
+TABLE: dict[str, tuple[tuple[float, ...], ...]] = {
+    # total, answer, format, retrieval under: EM, EM + format, Search-R1, Search-R1 with a bonus of 0.1
+    "right, valid": ((1, 1, 0, 0), (1.2, 1, 0.2, 0), (1, 1, 0, 0), (1, 1, 0, 0)),
+    "right, invalid": ((1, 1, 0, 0), (1, 1, 0, 0), (0.8, 1, -0.2, 0), (0.8, 1, -0.2, 0)),
+    "right, valid, found": ((1, 1, 0, 0), (1.2, 1, 0.2, 0), (1, 1, 0, 0), (1, 1, 0, 0)),
+    "right after a bad turn": ((1, 1, 0, 0), (1, 1, 0, 0), (0.8, 1, -0.2, 0), (0.8, 1, -0.2, 0)),
+    "wrong, valid": ((0, 0, 0, 0), (0.2, 0, 0.2, 0), (0.2, 0, 0.2, 0), (0.2, 0, 0.2, 0)),
+    "wrong, valid, found": ((0, 0, 0, 0), (0.2, 0, 0.2, 0), (0.2, 0, 0.2, 0), (0.3, 0, 0.2, 0.1)),
+    "wrong, invalid": ((0, 0, 0, 0), (0, 0, 0, 0), (0.1, 0, 0.1, 0), (0.1, 0, 0.1, 0)),
+    "wrong, invalid, found": ((0, 0, 0, 0), (0, 0, 0, 0), (0.1, 0, 0.1, 0), (0.1, 0, 0.1, 0)),
+    "empty answer": ((0, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0)),
+    "no answer": ((0, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0)),
+    "no answer, found": ((0, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", TRAJECTORIES)
+def test_the_table_of_presets(name: str) -> None:
+    for config, expected in zip((EM, FORMAT, SEARCH_R1, BONUS), TABLE[name], strict=True):
+        reward = score(TRAJECTORIES[name], EXAMPLE, config, EOS)
+        credit = reward.components
+        found = (reward.total, credit.answer, credit.format, credit.retrieval)
+        assert found == pytest.approx(expected), config.kind
+        assert (reward.exact_match, reward.valid_format, reward.retrieval_hit) == (
+            float(name.startswith("right")),
+            ", valid" in name,
+            "found" in name,
+        )
+
+
 @pytest.mark.parametrize(
-    ("text", "answer", "em", "em_plus_format"),
+    ("how", "answer", "right"),
     [
-        (THINK_ANSWER, "Lisbon", 1.0, 1.2),
-        (BAD_FORM, "Lisbon", 1.0, 1.0),
-        (THINK_ANSWER, "Porto", 0.0, 0.2),
-        (BAD_FORM, "Porto", 0.0, 0.0),
-        (THINK_ANSWER, "the LISBOA.", 1.0, 1.2),
+        (AnswerScore.exact_match, "in Lisbon", 0.0),
+        (AnswerScore.f1, "in Lisbon", 2 / 3),
+        (AnswerScore.f1, "Porto", 0.0),
+        (AnswerScore.sub_exact_match, "in Lisbon", 1.0),
+        (AnswerScore.sub_exact_match, "Porto", 0.0),
     ],
 )
-def test_presets(text: str, answer: str, em: float, em_plus_format: float) -> None:
-    trajectory = episode(turn(text), answer=answer)
-    plain = score(trajectory, EXAMPLE, RewardKind.em, EOS)
-    with_format = score(trajectory, EXAMPLE, RewardKind.em_plus_format, EOS)
-    assert plain.total == em
-    assert plain.format_credit == 0.0
-    assert with_format.total == em_plus_format
-    assert plain.exact_match == with_format.exact_match == em
-    assert with_format.format_credit == (0.2 if text == THINK_ANSWER else 0.0)
-    assert plain.valid_format is with_format.valid_format is (text == THINK_ANSWER)
+def test_another_score_stands_for_exact_match(how: AnswerScore, answer: str, right: float) -> None:
+    """A part of the way earns that part of what the preset pays between wrong and right."""
+    valid = episode(turn(THINK_SEARCH, found=HIT), turn(THINK_ANSWER), answer=answer)
+    invalid = episode(turn(BAD_FORM), answer=answer)
+    for config, trajectory, total in (
+        (EM, valid, right),
+        (FORMAT, valid, right + 0.2),
+        (BONUS, valid, right + 0.3 * (1 - right)),
+        (BONUS, invalid, 0.8 * right + 0.1 * (1 - right)),
+    ):
+        reward = score(trajectory, EXAMPLE, replace(config, answer_score=how), EOS)
+        assert (reward.total, reward.components.answer) == pytest.approx((total, right))
+        assert reward.exact_match == 0.0
+
+
+@pytest.mark.parametrize("kind", RewardKind)
+def test_searches_and_bad_turns_cost_under_every_preset(kind: RewardKind) -> None:
+    bad, again = turn("hm", feedback=True), turn("so", feedback=True)
+    searches = [read("0"), read("3"), turn("<search>failed</search>")]  # two of them were executed
+    trajectory = episode(bad, *searches, again, turn(THINK_ANSWER), answer="Tagus")
+    free = score(trajectory, BRIDGE, RewardConfig(kind=kind), EOS, custom=0.5)
+    costly = RewardConfig(kind=kind, search_cost=0.05, invalid_penalty=0.25)
+    reward = score(trajectory, BRIDGE, costly, EOS, custom=0.5)
+    assert reward.components.search_cost == pytest.approx(-0.1)
+    assert reward.components.invalid_penalty == pytest.approx(-0.5)
+    assert reward.total == pytest.approx(free.total - 0.6)
+
+
+@settings(deadline=None)
+@given(
+    kind=st.sampled_from(RewardKind),
+    how=st.sampled_from([AnswerScore.exact_match, AnswerScore.f1, AnswerScore.sub_exact_match]),
+    costs=st.tuples(*[st.floats(0, 0.5)] * 3),
+    names=st.lists(st.sampled_from(sorted(TRAJECTORIES)), min_size=1, max_size=6),
+)
+def test_a_reward_is_the_sum_of_what_is_logged_by_name(
+    kind: RewardKind, how: AnswerScore, costs: tuple[float, float, float], names: list[str]
+) -> None:
+    config = RewardConfig(
+        kind=kind, answer_score=how, retrieval_bonus=costs[0], search_cost=costs[1], invalid_penalty=costs[2]
+    )
+    example = replace(EXAMPLE, metadata={"gold_passages": ["0"]})
+    group = Group(id=0, example=example, trajectories=[TRAJECTORIES[name] for name in names])
+    scored = score_group(group, config, EOS, custom=lambda trajectories, _: [0.7] * len(trajectories))
+    metrics = rollout_tally([scored]).reduce()
+    credits = [metrics[f"reward/{name}"] for name in Components().by_name()]
+    assert sum(credits) == pytest.approx(metrics["reward/mean"])
+    totals = [reward.total for reward in scored.rewards if reward is not None]
+    assert metrics["reward/mean"] == pytest.approx(sum(totals) / len(names))
 
 
 BRIDGE = Example(
@@ -284,35 +286,33 @@ def test_evidence_is_to_have_read_every_gold_passage(
     turns: list[Turn], answer: str, evidence: bool, total: float
 ) -> None:
     trajectory = episode(*turns, turn(BAD_FORM), answer=answer)
-    reward = score(trajectory, BRIDGE, RewardKind.em_plus_evidence, EOS)
+    reward = score(trajectory, BRIDGE, RewardConfig(kind=RewardKind.em_plus_evidence), EOS)
     assert reward.evidence is evidence
     assert reward.total == pytest.approx(total)
-    assert reward.evidence_credit == (0.4 if evidence else 0.0)
-    assert score(trajectory, BRIDGE, RewardKind.em, EOS).evidence_credit == 0.0
+    assert reward.components.evidence == (0.4 if evidence else 0.0)
+    assert score(trajectory, BRIDGE, EM, EOS).components.evidence == 0.0
 
 
 def test_evidence_that_the_data_does_not_name_is_unknown_and_not_rewarded() -> None:
     trajectory = episode(read("0"), turn(BAD_FORM), answer="Porto")
-    assert score(trajectory, EXAMPLE, RewardKind.em, EOS).evidence is None
+    assert score(trajectory, EXAMPLE, EM, EOS).evidence is None
     with pytest.raises(ValueError, match=r"question q7 names no metadata\.gold_passages to reward"):
-        score(trajectory, EXAMPLE, RewardKind.em_plus_evidence, EOS)
+        score(trajectory, EXAMPLE, RewardConfig(kind=RewardKind.em_plus_evidence), EOS)
 
 
 @pytest.mark.parametrize(
     "outcome", [Outcome.NO_ANSWER, Outcome.TURN_LIMIT, Outcome.TOKEN_LIMIT, Outcome.CONTEXT_LIMIT]
 )
 def test_an_episode_without_an_answer_earns_nothing(outcome: Outcome) -> None:
-    reward = score(
-        episode(turn(THINK_SEARCH), answer=None, outcome=outcome), EXAMPLE, RewardKind.em_plus_format, EOS
-    )
-    assert (reward.total, reward.exact_match, reward.format_credit) == (0.0, 0.0, 0.0)
+    reward = score(episode(turn(THINK_SEARCH), answer=None, outcome=outcome), EXAMPLE, FORMAT, EOS)
+    assert (reward.total, reward.exact_match, reward.components.format) == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("outcome", [Outcome.TOOL_FAILED, Outcome.ABORTED])
 def test_a_void_trajectory_is_never_scored(outcome: Outcome) -> None:
     void = episode(turn(THINK_ANSWER), answer="Lisbon", outcome=outcome)
     with pytest.raises(ValueError, match=rf"a void trajectory \({outcome}\) of question q7 cannot be scored"):
-        score(void, EXAMPLE, RewardKind.em, EOS)
+        score(void, EXAMPLE, EM, EOS)
 
 
 def test_an_observation_earns_nothing() -> None:
@@ -321,10 +321,10 @@ def test_an_observation_earns_nothing() -> None:
     trajectory = episode(
         turn(THINK_SEARCH, found=(forged,)), turn("no idea"), answer=None, outcome=Outcome.NO_ANSWER
     )
-    reward = score(trajectory, EXAMPLE, RewardKind.em_plus_format, EOS)
+    reward = score(trajectory, EXAMPLE, FORMAT, EOS)
     assert (reward.total, reward.exact_match, reward.valid_format) == (0.0, 0.0, False)
     wrong = episode(turn(THINK_SEARCH, found=(forged,)), turn("<answer>Porto</answer>"), answer="Porto")
-    assert score(wrong, EXAMPLE, RewardKind.em_plus_format, EOS).total == 0.0
+    assert score(wrong, EXAMPLE, FORMAT, EOS).total == 0.0
 
 
 @pytest.mark.parametrize(
@@ -343,14 +343,14 @@ def test_an_observation_earns_nothing() -> None:
 def test_a_retrieval_hit_is_a_gold_in_a_document(turns: list[Turn], hit: bool) -> None:
     trajectory = episode(*turns, answer="Lisbon")
     assert is_retrieval_hit(trajectory, EXAMPLE) is hit
-    assert score(trajectory, EXAMPLE, RewardKind.em, EOS).retrieval_hit is hit
+    assert score(trajectory, EXAMPLE, EM, EOS).retrieval_hit is hit
 
 
 def test_a_group_is_scored_around_its_void_members() -> None:
     right = episode(turn(THINK_ANSWER), answer="Lisbon")
     void = episode(turn(THINK_SEARCH), answer=None, outcome=Outcome.TOOL_FAILED)
     wrong = episode(turn(BAD_FORM), answer="Porto")
-    scored = score_group(Group(id=3, example=EXAMPLE, trajectories=[right, void, wrong]), RewardKind.em, EOS)
+    scored = score_group(Group(id=3, example=EXAMPLE, trajectories=[right, void, wrong]), EM, EOS)
     assert [None if reward is None else reward.total for reward in scored.rewards] == [1.0, None, 0.0]
     assert [(index, trajectory) for index, trajectory, _ in scored.survivors] == [(0, right), (2, wrong)]
 
@@ -359,15 +359,121 @@ def test_an_empty_answer_has_no_valid_format() -> None:
     assert not is_valid_format(episode(turn("<think>t</think><answer> </answer>"), answer=""), EOS)
 
 
+# --- functions of the user's own ------------------------------------------------------------------------
+
+VOID = episode(turn(THINK_SEARCH), answer=None, outcome=Outcome.TOOL_FAILED)
+
+
 @pytest.mark.parametrize("value", [0.25, -1.0, True])
 def test_a_custom_reward_is_all_that_counts(value: float) -> None:
-    trajectory = episode(turn(THINK_ANSWER), answer="Lisbon")
-    reward = score(trajectory, EXAMPLE, RewardKind.custom, EOS, lambda _, __: value)
-    assert (reward.total, reward.exact_match, reward.format_credit) == (float(value), 1.0, 0.0)
+    group = Group(id=0, example=EXAMPLE, trajectories=[TRAJECTORIES["right, valid"]])
+    for kind in (RewardKind.custom, RewardKind.custom_group):
+        (reward,) = score_group(group, RewardConfig(kind=kind), EOS, custom=lambda *_: [value]).rewards
+        assert reward is not None
+        assert (reward.total, reward.components.custom, reward.exact_match) == (float(value), value, 1.0)
+        assert (reward.components.answer, reward.components.format) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_custom_reward_must_be_a_number(value: float) -> None:
-    trajectory = episode(turn(THINK_ANSWER), answer="Lisbon")
-    with pytest.raises(ValueError, match=f"the custom reward of question q7 is {value}"):
-        score(trajectory, EXAMPLE, RewardKind.custom, EOS, lambda _, __: value)
+def test_a_group_reward_sees_the_whole_group_but_its_void_members() -> None:
+    """Here: the share of the others that answered something else."""
+
+    def diversity(trajectories: Sequence[Trajectory], example: Example) -> list[float]:
+        assert example is EXAMPLE
+        answers = [trajectory.answer for trajectory in trajectories]
+        return [sum(other != answer for other in answers) / (len(answers) - 1) for answer in answers]
+
+    members = [episode(turn(THINK_ANSWER), answer=answer) for answer in ("Lisbon", "Porto", "Lisbon")]
+    group = Group(id=0, example=EXAMPLE, trajectories=[members[0], VOID, *members[1:]])
+    scored = score_group(group, RewardConfig(kind=RewardKind.custom_group), EOS, custom=diversity)
+    assert [None if reward is None else reward.total for reward in scored.rewards] == [0.5, None, 1.0, 0.5]
+
+
+def test_nobody_asks_for_rewards_of_a_void_group() -> None:
+    def fails(*_: object) -> list[float]:
+        raise AssertionError
+
+    group = Group(id=0, example=EXAMPLE, trajectories=[VOID])
+    config = RewardConfig(kind=RewardKind.custom_group)
+    assert score_group(group, config, EOS, custom=fails).rewards == [None]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [float("nan"), 0.0],
+        [0.0, float("inf")],
+        [1.0],
+        [1.0] * 3,
+        [],
+        None,
+        0.5,
+        ["much", "little"],
+        [None, 1],
+    ],
+)
+def test_a_custom_reward_must_be_a_number_for_each(given: Any) -> None:
+    group = Group(id=0, example=EXAMPLE, trajectories=[*list(TRAJECTORIES.values())[:2], VOID])
+    with pytest.raises(RewardError) as caught:
+        score_group(group, RewardConfig(kind=RewardKind.custom_group), EOS, custom=lambda *_: given)
+    assert str(caught.value) == (
+        f"the custom reward of question q7 is {given!r}; reward.import_path must give one finite number for "
+        "each of its 2 trajectories that are not void"
+    )
+
+
+def test_an_error_inside_a_custom_reward_is_not_hidden() -> None:
+    def broken(*_: object) -> list[float]:
+        raise TypeError("a bug of the user's")
+
+    group = Group(id=0, example=EXAMPLE, trajectories=[TRAJECTORIES["right, valid"]])
+    with pytest.raises(TypeError, match="a bug of the user's"):
+        score_group(group, RewardConfig(kind=RewardKind.custom), EOS, custom=broken)
+
+
+# --- verdicts -------------------------------------------------------------------------------------------
+
+JUDGED = RewardConfig(answer_score=AnswerScore.judge)
+
+
+def answers(*given: str | None) -> Group:
+    members = [episode(turn(BAD_FORM), answer=answer) for answer in given]
+    return Group(id=3, example=EXAMPLE, trajectories=[*members, VOID])
+
+
+def claim(answer: str) -> Claim:
+    return Claim("Where?", ("Lisbon", "Lisboa"), answer)
+
+
+def test_a_judge_is_asked_about_what_is_open_and_once() -> None:
+    groups = [answers("Lisbon", "Lissabon", None, "", " The. "), answers("Lissabon", "Porto", "lisboa!")]
+    assert open_claims(groups) == {claim("Lissabon"), claim("Porto")}
+
+
+def test_verdicts_become_rewards_and_failures_void() -> None:
+    verdicts: dict[Claim, bool | JudgeError] = {
+        claim("Lissabon"): True,
+        claim("Porto"): False,
+        claim("Faro"): JudgeError("the judge is away"),
+    }
+    group = answers("Lisbon", "Lissabon", "Porto", "Faro", None)
+    scored = score_group(group, JUDGED, EOS, verdicts=verdicts)
+    assert [None if r is None else (r.total, r.judged, r.exact_match) for r in scored.rewards] == [
+        (1.0, True, 1.0),
+        (1.0, True, 0.0),
+        (0.0, False, 0.0),
+        None,
+        (0.0, False, 0.0),
+        None,
+    ]
+    assert [index for index, _, _ in scored.survivors] == [0, 1, 2, 4]
+    assert scored.unscored == {3: "the judge is away"}
+    assert [scored.error(index) for index in (0, 3, 5)] == [None, "the judge is away", None]
+    both = score_group(group, replace(SEARCH_R1, answer_score=AnswerScore.judge), EOS, verdicts=verdicts)
+    assert [None if r is None else r.total for r in both.rewards] == pytest.approx(
+        [0.8, 0.8, 0.1, None, 0, None]
+    )
+
+
+def test_an_answer_without_a_verdict_is_not_scored() -> None:
+    with pytest.raises(ValueError, match="the answer to question q7 has not been judged"):
+        score_group(answers("Porto"), JUDGED, EOS)

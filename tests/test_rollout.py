@@ -83,7 +83,8 @@ class Library:
     documents: tuple[Document, ...] = DOCUMENTS
     calls: list[ToolCall] = field(default_factory=list)
 
-    async def __call__(self, call: ToolCall) -> ToolResult:
+    async def __call__(self, call: ToolCall, example: Example) -> ToolResult:
+        del example
         self.calls.append(call)
         await asyncio.sleep(0)
         if len(self.calls) - 1 == self.fail_at:

@@ -24,7 +24,8 @@ SHELF = {"Accra": GHANA, "Ghana independence": YEAR}
 class Shelf:
     """A tool with one document a query."""
 
-    async def __call__(self, call: ToolCall) -> ToolResult:
+    async def __call__(self, call: ToolCall, example: Example) -> ToolResult:
+        del example
         return ToolResult(documents=(SHELF[call.query],), seconds=0.0)
 
 

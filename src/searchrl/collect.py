@@ -44,7 +44,7 @@ class Collected:
 def collect(
     sampler: Sampler,
     play: Play,
-    score: Callable[[Group], ScoredGroup],
+    score: Callable[[Sequence[Group]], list[ScoredGroup]],
     *,
     groups_per_step: int,
     resampling: ResamplingConfig,
@@ -57,7 +57,7 @@ def collect(
     Args:
         sampler: shares each draw among the ranks.
         play: runs episodes on this rank.
-        score: rewards of a group; called once for each.
+        score: rewards of groups; sees each once, all of a round together unless it is over-sampled.
         groups_per_step: groups that a step trains on, over all ranks.
         resampling: how many rounds, and how many groups are started for one that is needed.
     """
@@ -68,10 +68,12 @@ def collect(
     while rounds < resampling.max_rounds and (missing := groups_per_step - sum(signals.values())) > 0:
         share = missing / sampler.world_size
         count = sampler.world_size * math.ceil(resampling.oversample * share)
-        quota = _Quota(score=score, needed=math.ceil(share), needs_signal=is_dynamic)
-        # Without over-sampling there is nothing to stop, and scores can wait for the end of the episodes.
-        groups = play(sampler.take(count), quota if resampling.oversample > 1 else lambda _: False)
-        scored = [quota.scored.get(group.id) or score(group) for group in groups]
+        if resampling.oversample > 1:
+            quota = _Quota(score=score, needed=math.ceil(share), needs_signal=is_dynamic)
+            play(sampler.take(count), quota)
+            scored = quota.scored
+        else:  # nothing to stop: scores can wait for the end of the episodes
+            scored = score(play(sampler.take(count), lambda _: False))
         for part in gather_objects({item.group.id: _has_signal(item) for item in scored}):
             signals |= part
         mine += scored
@@ -98,14 +100,15 @@ def collect(
 class _Quota:
     """Scores groups as they complete and tells when this rank has those it needs."""
 
-    score: Callable[[Group], ScoredGroup]
+    score: Callable[[Sequence[Group]], list[ScoredGroup]]
     needed: int
     needs_signal: bool
-    scored: dict[int, ScoredGroup] = field(default_factory=dict)
+    scored: list[ScoredGroup] = field(default_factory=list)
     counted: int = 0
 
     def __call__(self, group: Group) -> bool:
-        item = self.scored[group.id] = self.score(group)
+        (item,) = self.score([group])
+        self.scored.append(item)
         self.counted += not self.needs_signal or _has_signal(item)
         return self.counted >= self.needed
 

@@ -106,10 +106,19 @@ class MetricLog:
             self._wandb.finish()
 
 
+def read_records(run_dir: Path, last_step: int) -> list[dict[str, float]]:
+    """The records of ``run_dir`` up to ``last_step``, in order; none if it has no ``metrics.jsonl``.
+
+    The last line of a killed run may be cut short; it is no record.
+    """
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [record for record in records if record["step"] <= last_step]
+
+
 def _drop_records_after(path: Path, step: int) -> None:
-    """Keep whole records up to ``step``; the last line of a killed run may be cut short."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    kept = [json.dumps(record) + "\n" for record in read_records(path.parent, step)]
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(path)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from searchrl.config import EpisodeConfig
-from searchrl.trajectory import Document, Example, ToolCall
+from searchrl.data.errors import DataError
+from searchrl.trajectory import Document, Example, Message, ToolCall
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,15 +94,38 @@ class Protocol:
         self._marks = re.compile("|".join(map(re.escape, marks)), re.IGNORECASE) if marks else None
 
     def prompt(self, example: Example) -> list[int]:
-        """The prompt's ids: one user message through the chat template if there is one, else plain text."""
-        question = self.inert(example.question.strip())
-        text = self._config.prompt_template.replace("{question}", question)
+        """The prompt's ids: messages through the chat template if there is one, else their plain text.
+
+        One user message with the question in the configured template, unless the example brings its own
+        prompt. Raises ``DataError`` if the chat template refuses the messages that it brings.
+        """
+        messages = example.prompt
+        if messages is None:
+            question = self.inert(example.question.strip())
+            text = self._config.prompt_template.replace("{question}", question)
+            messages = (Message(role="user", content=text),)
+        else:
+            messages = tuple(
+                Message(role=message.role, content=self._own_words(message.content)) for message in messages
+            )
         if not self._tokenizer.chat_template:
-            return self._encode(text)
-        message = [{"role": "user", "content": text}]
-        ids: Any = self._tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+            return self._encode("\n\n".join(message.content for message in messages))
+        return self._through_template(messages, example)
+
+    def _through_template(self, messages: Sequence[Message], example: Example) -> list[int]:
+        from jinja2 import TemplateError
+
+        chat = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            ids: Any = self._tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise DataError(
+                f"the model's chat template refuses the prompt of {example.id} with the roles "
+                f"{[message.role for message in messages]} ({error}); change the prompts, or leave "
+                "data.prompt_column empty"
+            ) from error
         return [int(i) for i in ids]
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -137,11 +161,22 @@ class Protocol:
         # Encoding may lose a byte that the vocabulary lacks; without it "<sea\x04rch>" would be a tag.
         return self._without_marks(self.decode(self._encode(self._without_marks(text))))
 
+    def _own_words(self, text: str) -> str:
+        """Text of a ready prompt: special tokens are escaped, tags stay.
+
+        Its author shows the policy the protocol's tags on purpose, and nothing can act through a prompt:
+        turns are parsed from sampled text alone. A special token would forge the end of a message, whoever
+        wrote it.
+        """
+        return self._without_special(self.decode(self._encode(self._without_special(text))))
+
     def _without_marks(self, text: str) -> str:
-        text = _TAG.sub(lambda match: f"&lt;{match.group(1)}&gt;", text)
-        if self._marks is not None:
-            text = self._marks.sub(lambda match: _escape(match.group()), text)
-        return text
+        return self._without_special(_TAG.sub(lambda match: f"&lt;{match.group(1)}&gt;", text))
+
+    def _without_special(self, text: str) -> str:
+        if self._marks is None:
+            return text
+        return self._marks.sub(lambda match: _escape(match.group()), text)
 
     def _line(self, rank: int, document: Document) -> str:
         title = " ".join(document.title.split())

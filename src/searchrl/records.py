@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from searchrl.answers import contains_answer
+from searchrl.collapse import collapse_terms
 from searchrl.metrics import Tally
-from searchrl.rewards import Reward, ScoredGroup, contains_answer
-from searchrl.trajectory import Outcome, Provenance, Trajectory, Turn
+from searchrl.rewards import Reward, ScoredGroup
+from searchrl.trajectory import Group, Outcome, Provenance, Trajectory, Turn
 
 
 def rollout_tally(scored: Sequence[ScoredGroup]) -> Tally:
@@ -20,7 +22,10 @@ def rollout_tally(scored: Sequence[ScoredGroup]) -> Tally:
         for trajectory in item.group.trajectories:
             for outcome in Outcome:
                 tally.add(f"rollout/outcome/{outcome}", float(trajectory.outcome is outcome))
-            tally.add("rollout/void", float(trajectory.outcome.is_void))
+        for index, reward in enumerate(item.rewards):
+            tally.add("rollout/void", float(reward is None))
+            if index in item.unscored or (reward is not None and reward.judged is not None):
+                tally.add("reward/judge_failed", float(reward is None))
         for _, trajectory, reward in item.survivors:
             _add_trajectory(tally, trajectory, reward, item.group.example.golden_answers)
             if hops := item.group.example.hops:
@@ -37,8 +42,10 @@ def _add_trajectory(
     observed = sum(tag is Provenance.OBSERVATION for tag in provenance)
     tally.add("reward/mean", reward.total)
     tally.add("reward/exact_match", reward.exact_match)
-    tally.add("reward/format", reward.format_credit)
-    tally.add("reward/evidence", reward.evidence_credit)
+    if reward.judged is not None:
+        tally.add("reward/judge", float(reward.judged))
+    for name, credit in reward.components.by_name().items():
+        tally.add(f"reward/{name}", credit)
     tally.add("reward/valid_format", float(reward.valid_format))
     tally.add("search_r1/turns_per_sample", len(trajectory.turns))
     tally.add("search_r1/search_calls_per_sample", trajectory.num_searches)
@@ -51,6 +58,8 @@ def _add_trajectory(
     tally.add("retrieval/hit", float(reward.retrieval_hit))
     if reward.evidence is not None:
         tally.add("retrieval/evidence", float(reward.evidence))
+    for name, (value, weight) in collapse_terms(trajectory, correct=reward.exact_match == 1.0).items():
+        tally.add(f"collapse/{name}", value, weight)
     for turn in trajectory.turns:
         tally.add("rollout/invalid_turns", float(turn.is_invalid))
         if turn.call is not None:
@@ -65,27 +74,36 @@ def write_trajectories(path: Path, scored: Sequence[ScoredGroup]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for item in scored:
-            pairs = zip(item.group.trajectories, item.rewards, strict=True)
-            for index, (trajectory, reward) in enumerate(pairs):
-                file.write(json.dumps(_record(item, index, trajectory, reward), ensure_ascii=False) + "\n")
+            for index, reward in enumerate(item.rewards):
+                scores = {"error": item.error(index), **_reward_scores(reward)}
+                record = trajectory_record(item.group, index, scores)
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _record(item: ScoredGroup, index: int, trajectory: Trajectory, reward: Reward | None) -> dict[str, Any]:
-    example = item.group.example
+def _reward_scores(reward: Reward | None) -> dict[str, Any]:
     return {
-        "id": f"{item.group.id}/{index}",
+        "reward": None if reward is None else reward.total,
+        "components": None if reward is None else reward.components.by_name(),
+        "exact_match": None if reward is None else reward.exact_match,
+        "judged": None if reward is None else reward.judged,
+        "valid_format": None if reward is None else reward.valid_format,
+        "retrieval_hit": None if reward is None else reward.retrieval_hit,
+        "evidence": None if reward is None else reward.evidence,
+    }
+
+
+def trajectory_record(group: Group, index: int, scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Trajectory ``index`` of a group, for reading, with its ``scores`` and ``error`` by name."""
+    example, trajectory = group.example, group.trajectories[index]
+    return {
+        "id": f"{group.id}/{index}",
         "question_id": example.id,
         "question": example.question,
         "golden_answers": example.golden_answers,
         "hops": example.hops,
         "outcome": trajectory.outcome,
         "answer": trajectory.answer,
-        "error": trajectory.error,
-        "reward": None if reward is None else reward.total,
-        "exact_match": None if reward is None else reward.exact_match,
-        "valid_format": None if reward is None else reward.valid_format,
-        "retrieval_hit": None if reward is None else reward.retrieval_hit,
-        "evidence": None if reward is None else reward.evidence,
+        **scores,
         "provenance": [[tag, len(list(run))] for tag, run in groupby(trajectory.provenance)],
         "turns": [_turn_record(turn) for turn in trajectory.turns],
     }

@@ -109,7 +109,7 @@ class Rollout:
                     invalid_in_a_row = 0
                     turn.call = call
                     try:
-                        turn.result = await self.tool(call)
+                        turn.result = await self.tool(call, example)
                     except ToolError as error:
                         return end(Outcome.TOOL_FAILED, error=str(error))
                     said = self.protocol.observation(turn.result.documents)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,15 @@ from searchrl.data.readers import read_examples
 from searchrl.data.sampler import fingerprint
 from searchrl.distributed import World, init_world
 from searchrl.engine import Engine
-from searchrl.extensions import load_function
 from searchrl.models import resolve_model
 from searchrl.protocol import Protocol, load_tokenizer
+from searchrl.retrieval.lookup import read_passages
 from searchrl.retrieval.meter import RetrievalMeter
-from searchrl.rewards import ScoredGroup, score_group
 from searchrl.rollout import Rollout
+from searchrl.scoring import Scorer, open_scorer
 from searchrl.sources import open_retriever, source_settings
-from searchrl.tools import SearchTool
-from searchrl.trajectory import Example, Group
+from searchrl.tools import OracleTool, SearchTool, Tool
+from searchrl.trajectory import Example
 from searchrl.warmstart import WarmstartInputs, warmstart
 
 
@@ -41,12 +40,13 @@ class Environment:
     run_dir: Path
     tokenizer: Any
     protocol: Protocol
-    tool: SearchTool
+    tool: Tool
     searches: RetrievalMeter
     """What this rank's searches did since it was last asked."""
-    score: Callable[[Group], ScoredGroup]
-    """Rewards of a group, as ``reward`` says."""
+    score: Scorer
+    """Rewards of groups, as ``reward`` says."""
     train_examples: list[Example]
+    """Empty in an evaluation that needs none."""
     eval_examples: list[Example]
 
 
@@ -62,18 +62,23 @@ class Run:
 
 
 @contextmanager
-def open_environment(cfg: Config) -> Iterator[Environment]:
+def open_environment(cfg: Config, *, training: bool = True) -> Iterator[Environment]:
     """Questions, tokenizer and retriever; stops what it started, whatever happens."""
     world = init_world(cfg.device)
     console = Console(enabled=world.is_main)
-    train_examples, eval_examples = load_questions(cfg)
+    train_examples, eval_examples = load_questions(cfg, training=training)
     init_communication(world)
     with ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
         tokenizer = load_tokenizer(resolve_model(cfg.checkpoint or cfg.model.path, Path(cfg.assets)))
         protocol = Protocol(tokenizer, cfg.episode)
         searches = RetrievalMeter()
-        retriever = stack.enter_context(open_retriever(cfg, world, console, runner, searches))
+        tool: Tool
+        if cfg.retrieval.kind is RetrievalKind.oracle:
+            tool = oracle(cfg, eval_examples)
+        else:
+            retriever = stack.enter_context(open_retriever(cfg, world, console, runner, searches))
+            tool = SearchTool(retriever, top_k=cfg.episode.top_k)
         yield Environment(
             cfg=cfg,
             world=world,
@@ -82,48 +87,62 @@ def open_environment(cfg: Config) -> Iterator[Environment]:
             run_dir=Path(cfg.run_dir),
             tokenizer=tokenizer,
             protocol=protocol,
-            tool=SearchTool(retriever, top_k=cfg.episode.top_k),
+            tool=tool,
             searches=searches,
-            score=_score(cfg, protocol),
+            score=stack.enter_context(open_scorer(cfg.reward, protocol.eos_text, runner)),
             train_examples=train_examples,
             eval_examples=eval_examples,
         )
 
 
-def _score(cfg: Config, protocol: Protocol) -> Callable[[Group], ScoredGroup]:
-    custom = None
-    if cfg.reward.kind is RewardKind.custom:
-        custom = load_function(cfg.reward.import_path, cfg.reward.kwargs, section="reward", positional=2)
-    return partial(score_group, kind=cfg.reward.kind, eos_text=protocol.eos_text, custom=custom)
+def oracle(cfg: Config, examples: Sequence[Example]) -> OracleTool:
+    """The tool of ``retrieval=oracle``: the gold passages of ``examples``, from ``retrieval.corpus``.
+
+    Raises:
+        ConfigError: a question names no gold passages.
+        CorpusError: the corpus lacks one of them.
+    """
+    for example in examples:
+        if not example.gold_passages:
+            raise ConfigError(
+                f"retrieval=oracle returns metadata.gold_passages, but question {example.id} of "
+                f"{cfg.data.eval} names none; choose another retrieval, or questions that do"
+            )
+    ids = (id_ for example in examples for id_ in example.gold_passages)
+    return OracleTool(read_passages(cfg.retrieval.corpus, ids))
 
 
 @contextmanager
 def open_run(cfg: Config) -> Iterator[Run]:
     """An environment with the initial policy in an engine."""
     with open_environment(cfg) as env:
-        model = initial_policy(env)
-        env.console.say(f"engine: loading {model}")
-        engine = Engine(
-            model,
-            cfg.engine,
-            dtype=cfg.model.dtype,
-            max_context_tokens=cfg.episode.max_context_tokens,
-            seed=cfg.seed,
-            world=env.world,
-        )
-        rollout = Rollout(
-            engine=engine, protocol=env.protocol, tool=env.tool, limits=cfg.episode, seed=cfg.seed
-        )
-        yield Run(env=env, model=model, engine=engine, rollout=rollout)
+        yield load_policy(env, initial_policy(env))
+
+
+def load_policy(env: Environment, model: Path | str) -> Run:
+    """Load ``model`` into an engine that samples in ``env``."""
+    cfg = env.cfg
+    env.console.say(f"engine: loading {model}")
+    engine = Engine(
+        model,
+        cfg.engine,
+        dtype=cfg.model.dtype,
+        max_context_tokens=cfg.episode.max_context_tokens,
+        seed=cfg.seed,
+        world=env.world,
+    )
+    rollout = Rollout(engine=engine, protocol=env.protocol, tool=env.tool, limits=cfg.episode, seed=cfg.seed)
+    return Run(env=env, model=model, engine=engine, rollout=rollout)
 
 
 def initial_policy(env: Environment) -> Path | str:
     """The model that training starts from: ``checkpoint``, else ``model.path`` after its warm start."""
     cfg = env.cfg
     model = resolve_model(cfg.checkpoint or cfg.model.path, Path(cfg.assets))
-    if cfg.checkpoint or cfg.warmstart.demonstrations == 0:
+    if not cfg.warm_starts:
         return model
-    if cfg.retrieval.kind is RetrievalKind.none or cfg.retrieval.shuffle_documents:
+    ablations = (RetrievalKind.none, RetrievalKind.oracle)
+    if cfg.retrieval.kind in ablations or cfg.retrieval.shuffle_documents:
         raise ConfigError(
             "the warm start needs real search results: evaluate a trained model under this retrieval with "
             "`searchrl eval … checkpoint=runs/NAME/model`, or train from one with checkpoint=…"
@@ -144,14 +163,19 @@ def _warmstart_fingerprint(env: Environment) -> str:
     return " ".join([env.cfg.model.path, fingerprint(env.train_examples), *source_settings(env.cfg)])
 
 
-def load_questions(cfg: Config) -> tuple[list[Example], list[Example]]:
-    """Training and held-out questions.
+def load_questions(cfg: Config, *, training: bool = True) -> tuple[list[Example], list[Example]]:
+    """Training and held-out questions; an evaluation reads the former only for a warm start.
 
     Raises:
         DataError: a file is missing or malformed.
         ConfigError: the reward needs what the training questions do not say.
     """
-    train, held_out = read_examples(Path(cfg.data.train)), read_examples(Path(cfg.data.eval))
+
+    def read(path: str) -> list[Example]:
+        return read_examples(Path(path), prompt_column=cfg.data.prompt_column)
+
+    train = read(cfg.data.train) if training or cfg.warm_starts else []
+    held_out = read(cfg.data.eval)
     if cfg.reward.kind is RewardKind.em_plus_evidence:
         for example in train:
             if not example.gold_passages:

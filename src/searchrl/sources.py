@@ -58,7 +58,7 @@ def _open_source(
     """The retriever itself, and a name for all that decides its answers."""
     retrieval = cfg.retrieval
     match retrieval.kind:
-        case RetrievalKind.none:
+        case RetrievalKind.none | RetrievalKind.oracle:  # an oracle is a tool, and asks no retriever
             yield NoRetriever(), "none"
         case RetrievalKind.replay:
             yield ReplayRetriever(retrieval.cache), "replay"
@@ -161,6 +161,8 @@ def source_settings(cfg: Config) -> list[str]:
             from searchrl.retrieval.web import source_identity
 
             settings += [source_identity(retrieval.kind, retrieval.web)]
+        case RetrievalKind.oracle:
+            settings += [retrieval.corpus]
         case RetrievalKind.none:
             pass
     return settings

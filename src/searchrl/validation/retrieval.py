@@ -12,15 +12,23 @@ from searchrl.retrieval.kinds import dense_index_problem
 from searchrl.retrieval.wire import TOKEN_VARIABLE, is_token
 
 
-def retrieval_problems(retrieval: RetrievalConfig) -> Iterator[str]:
+def retrieval_problems(retrieval: RetrievalConfig, training: bool) -> Iterator[str]:
     """Every problem of the source of search results, a sentence each."""
     if retrieval.shuffle_documents and retrieval.kind is not RetrievalKind.embedded:
         yield (
             f"retrieval.shuffle_documents=true shuffles the embedded corpus, which retrieval.kind="
             f"{retrieval.kind} does not have; choose retrieval=shuffled, or set it to false"
         )
-    if retrieval.cache and retrieval.kind is RetrievalKind.none:
-        yield f"retrieval.cache={retrieval.cache} has nothing to record with retrieval=none; leave it empty"
+    if retrieval.cache and retrieval.kind in (RetrievalKind.none, RetrievalKind.oracle):
+        yield (
+            f"retrieval.cache={retrieval.cache} has nothing to record with retrieval={retrieval.kind}; leave "
+            "it empty"
+        )
+    if training and retrieval.kind is RetrievalKind.oracle:
+        yield (
+            "retrieval.kind=oracle returns the gold passages whatever is asked, so a policy would learn that "
+            "queries do not matter; use it with `searchrl eval`, or choose retrieval=bm25"
+        )
     match retrieval.kind:
         case RetrievalKind.embedded:
             yield from _embedded(retrieval)
@@ -43,11 +51,13 @@ def retrieval_problems(retrieval: RetrievalConfig) -> Iterator[str]:
                     f"retrieval.cache={retrieval.cache} does not exist; record one by running the same with "
                     "another retrieval and retrieval.cache=FILE"
                 )
+        case RetrievalKind.oracle:
+            yield from _corpus(retrieval)
         case RetrievalKind.none:
             pass
 
 
-def _embedded(retrieval: RetrievalConfig) -> Iterator[str]:
+def _corpus(retrieval: RetrievalConfig) -> Iterator[str]:
     if not retrieval.corpus:
         yield "retrieval.corpus is not set; name a corpus (JSONL), or choose retrieval=none or http"
     elif not Path(retrieval.corpus).is_file():
@@ -55,6 +65,10 @@ def _embedded(retrieval: RetrievalConfig) -> Iterator[str]:
             f"retrieval.corpus={retrieval.corpus} does not exist; `searchrl data worldfacts` builds "
             "the quickstart's"
         )
+
+
+def _embedded(retrieval: RetrievalConfig) -> Iterator[str]:
+    yield from _corpus(retrieval)
     families = ("minilm", "e5", "bge")
     if retrieval.index is not IndexKind.bm25 and retrieval.encoder_family not in families:
         yield (

@@ -9,7 +9,6 @@ import asyncio
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from integration.scripts.common import write_results
 from searchrl.collect import Collected, collect
-from searchrl.config import EpisodeConfig, ResamplingConfig, RewardKind, SamplingConfig
+from searchrl.config import EpisodeConfig, ResamplingConfig, RewardConfig, RewardKind, SamplingConfig
 from searchrl.data import Sampler
 from searchrl.distributed import gather_objects, init_world
 from searchrl.engine import Engine, Generation, GenerationRequest
@@ -119,7 +118,9 @@ class Player:
         return self.runner.run(groups)
 
 
-exact = partial(score_group, kind=RewardKind.em, eos_text="")
+def exact(groups: Sequence[Group]) -> list[ScoredGroup]:
+    """Groups scored by exact match."""
+    return [score_group(group, RewardConfig(kind=RewardKind.em), "") for group in groups]
 
 
 def collected(case: Case, player: Player, sampler: Sampler) -> Collected:

@@ -1,41 +1,34 @@
-"""Intervals against published and independently computed values; tables by hand."""
+"""Before and after: paired differences against numpy, tables by hand."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchrl.evaluate import (
+from builders import PLAIN_RESULT
+from searchrl.evaluation.comparison import (
     COMPARISON_COLUMNS,
     TABLE_COLUMNS,
-    Interval,
-    Result,
     by_hops,
     comparison_rows,
     eval_metrics,
-    load_results,
     paired_difference,
-    save_results,
     table_rows,
-    wilson,
 )
-
-PLAIN = Result(
-    id="0", hops=0, exact_match=False, valid_format=False, retrieval_hit=False, searches=0, error=None
-)
+from searchrl.evaluation.intervals import Interval, wilson
+from searchrl.evaluation.results import Result
 
 
 def results(matches: str, *, hops: str | None = None, searches: int = 1) -> list[Result]:
     """One result per digit: ``"101"`` is right, wrong, right; ``hops`` likewise, a digit each."""
     return [
         replace(
-            PLAIN,
+            PLAIN_RESULT,
             id=str(n),
             exact_match=match == "1",
             hops=int(hops[n]) if hops is not None else 0,
@@ -43,37 +36,6 @@ def results(matches: str, *, hops: str | None = None, searches: int = 1) -> list
         )
         for n, match in enumerate(matches)
     ]
-
-
-@pytest.mark.parametrize(
-    ("successes", "n", "low", "high"),
-    [
-        # Newcombe, Statistics in Medicine 17 (1998), table I, method 3, to four digits.
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-        (20, 20, 0.8389, 1.0),
-        (1, 1, 0.2065, 1.0),
-    ],
-)
-def test_wilson_against_published_values(successes: int, n: int, low: float, high: float) -> None:
-    interval = wilson(successes, n)
-    assert interval.value == successes / n
-    assert interval.low == pytest.approx(low, abs=6e-5)
-    assert interval.high == pytest.approx(high, abs=6e-5)
-
-
-@given(st.integers(1, 2000), st.floats(0, 1))
-def test_wilson_s_ends_solve_the_score_equation(n: int, share: float) -> None:
-    """Its definition: the proportions p whose score test just rejects, |x/n - p| = z sqrt(p(1-p)/n)."""
-    successes = round(share * n)
-    interval = wilson(successes, n)
-    assert 0 <= interval.low <= interval.value + 1e-12
-    assert interval.value - 1e-12 <= interval.high <= 1
-    for end in (interval.low, interval.high):
-        if 1e-9 < end < 1 - 1e-9:
-            assert abs(successes / n - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / n), abs=1e-9)
 
 
 def test_a_paired_difference_by_hand() -> None:
@@ -182,32 +144,3 @@ def test_eval_metrics() -> None:
         "eval/gold_shown_2_hop": 0.5,
         "eval/searches_2_hop": 2.0,
     }
-
-
-@given(
-    st.lists(
-        st.builds(
-            Result,
-            id=st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
-            hops=st.integers(0, 4),
-            exact_match=st.booleans(),
-            valid_format=st.booleans(),
-            retrieval_hit=st.booleans(),
-            searches=st.integers(0, 9),
-            error=st.none() | st.text(),
-        ),
-        max_size=5,
-    )
-)
-def test_results_are_read_back_as_they_were(
-    tmp_path_factory: pytest.TempPathFactory, some: list[Result]
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "results" / "deep" / "after.json"
-    save_results(path, some)
-    assert load_results(path) == some
-
-
-def test_a_results_file_of_another_form_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text('[{"id": "1", "matched": true}]', encoding="utf-8")
-    with pytest.raises(TypeError):
-        load_results(tmp_path / "x.json")
