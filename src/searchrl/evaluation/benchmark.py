@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from searchrl.config import Config, ConfigError, SamplingConfig
+from searchrl.data.files import replacing
 from searchrl.data.readers import first_of_each_source
 from searchrl.data.sampler import fingerprint
 from searchrl.distributed import broadcast_object
@@ -134,10 +135,8 @@ def claim(run_dir: Path, settings: dict[str, Any]) -> dict[str, list[Result]]:
     folder = run_dir / "eval"
     recorded = folder / "settings.json"
     if not recorded.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / ".settings.json.partial"
-        partial.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        partial.replace(recorded)
+        with replacing(recorded) as fresh:
+            fresh.write_text(json.dumps(settings, indent=2), encoding="utf-8")
         return {}
     before = json.loads(recorded.read_text(encoding="utf-8"))
     now = json.loads(json.dumps(settings))
