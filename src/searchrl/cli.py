@@ -6,7 +6,9 @@ import argparse
 import difflib
 import os
 import shlex
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
@@ -23,6 +25,9 @@ Teach a language model to search while it reasons.
   searchrl train +experiment=quickstart        warm start, GRPO, evaluation before and after
   searchrl eval  +experiment=quickstart name=OTHER checkpoint=runs/NAME/model
   searchrl train +experiment=quickstart steps=5 group_size=4 optimizer.lr=1e-5
+  searchrl doctor +experiment=quickstart       check the machine and all that this run needs
+
+train, eval and warmstart start one process for each visible GPU; processes=N says otherwise.
 """
 
 
@@ -66,6 +71,7 @@ def load_config(overrides: Sequence[str], *, training: bool = True) -> tuple[Con
     from omegaconf.errors import OmegaConfBaseException
 
     from searchrl.config import Config, ConfigError
+    from searchrl.launcher import world_size
     from searchrl.validation import validate
 
     ConfigStore.instance().store(name="schema", node=Config)
@@ -76,7 +82,7 @@ def load_config(overrides: Sequence[str], *, training: bool = True) -> tuple[Con
     except (HydraException, OmegaConfBaseException, AttributeError) as error:
         raise ConfigError(_explain(error, overrides, Config)) from error
     assert isinstance(cfg, Config)
-    validate(cfg, world_size=_world_size(), training=training)
+    validate(cfg, world_size=world_size(cfg), training=training)
     resolved = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(resolved, dict)
     return cfg, {str(key): value for key, value in resolved.items()}
@@ -117,18 +123,16 @@ def _keys(schema: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def _world_size() -> int:
-    """Ranks of the run, as torchrun says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _train(args: argparse.Namespace) -> None:
+    from searchrl.launcher import world_size
     from searchrl.plan import summary
 
     cfg, resolved = load_config(args.overrides)
     _claim_run_dir(cfg, resolved)
+    if _launched(args, cfg):
+        return
     if os.environ.get("RANK", "0") == "0":
-        print(summary(cfg, world_size=_world_size()), flush=True)
+        print(summary(cfg, world_size=world_size(cfg)), flush=True)
     _prepare(cfg)
     from searchrl.trainer import train
 
@@ -138,13 +142,27 @@ def _train(args: argparse.Namespace) -> None:
 def _eval(args: argparse.Namespace) -> None:
     cfg, resolved = load_config(args.overrides, training=False)
     _claim_run_dir(cfg, resolved, training=False)
+    if _launched(args, cfg):
+        return
     _prepare(cfg)
     from searchrl.evaluation.benchmark import evaluate_checkpoint
 
     evaluate_checkpoint(cfg, command=shlex.join(["searchrl", "eval", *args.overrides]))
 
 
+def _launched(args: argparse.Namespace, cfg: Config) -> bool:
+    """Give the command to several ranks on this machine, if it is to run in so many; True once they ended."""
+    from searchrl.launcher import is_rank, launch, require_devices, world_size
+
+    require_devices(cfg)
+    if is_rank() or world_size(cfg) == 1:
+        return False
+    launch(["-m", "searchrl.cli", args.command, *args.overrides], world_size(cfg))
+    return True
+
+
 def _validate(args: argparse.Namespace) -> None:
+    from searchrl.launcher import world_size
     from searchrl.plan import describe
 
     cfg, _ = load_config(args.overrides)
@@ -153,11 +171,13 @@ def _validate(args: argparse.Namespace) -> None:
         f"{cfg.groups_per_step * cfg.group_size} trajectories, "
         f"{cfg.steps * cfg.groups_per_step * cfg.group_size} in all; run directory {cfg.run_dir}"
     )
-    print(describe(cfg, world_size=_world_size()))
+    print(describe(cfg, world_size=world_size(cfg)))
 
 
 def _warmstart(args: argparse.Namespace) -> None:
     cfg, _ = load_config(args.overrides)
+    if _launched(args, cfg):
+        return
     _prepare(cfg)
     from searchrl.setup import initial_policy, open_environment
 
@@ -233,12 +253,21 @@ def run() -> None:
     """``main`` with errors that explain themselves reported as one message instead of a traceback."""
     from searchrl.config import ConfigError
     from searchrl.errors import SearchrlError
+    from searchrl.launcher import join_launcher, tell_launcher
 
+    join_launcher()
     try:
         main()
     except SearchrlError as error:
-        print(f"searchrl: {error}", file=sys.stderr)
+        if not tell_launcher(f"searchrl: {error}"):
+            print(f"searchrl: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from error
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    except Exception:
+        if not tell_launcher(traceback.format_exc()):
+            raise
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def later(bench: Bench, finished: Ended) -> Iterator[dict[str, Future[Any]]]:
         "stopped": lambda: signalled(bench, "stopped", "step 1/50", signal.SIGSTOP, "steps=50", *IMPATIENT),
         "swapped": lambda: other_index(bench),
         "watched": lambda: watched(bench),
-        "two ranks": lambda: bench.run("two", "steps=2", "saving={every: 0}", ranks=2),
+        "two ranks": lambda: bench.run("two", "steps=2", "saving={every: 0}", "processes=2"),
         "custom": lambda: bench.run("custom", *custom_overrides()[2:], *EVERYTHING, ranks=2),
         "eval": lambda: bench.run("judged", f"checkpoint={model}", mode="eval"),
         "none": lambda: bench.run(
