@@ -1,4 +1,4 @@
-"""The launchers are short, parse, and start what they say: run with recorders in place of the clusters' tools."""
+"""The launchers are short and start what they say; recorders stand in for the clusters' tools."""
 
 from __future__ import annotations
 
@@ -84,9 +84,9 @@ def started(cluster: Cluster) -> tuple[dict[str, Any], list[str]]:
     return asked, overrides
 
 
-def rendezvous(asked: Mapping[str, Any]) -> tuple[str, int, str, int, str]:
+def rendezvous(asked: Mapping[str, Any]) -> list[Any]:
     names = ("nnodes", "node_rank", "master_addr", "master_port", "nproc_per_node")
-    return tuple(asked[name] for name in names)  # type: ignore[return-value]
+    return [asked[name] for name in names]
 
 
 @pytest.mark.parametrize("path", LAUNCH, ids=lambda path: path.name)
@@ -115,7 +115,7 @@ SLURM = {
 def test_slurm(cluster: Cluster, restarts: dict[str, str], more: list[str]) -> None:
     assert cluster.run("bash", "launch/slurm.sbatch", "+experiment=smoke", **SLURM, **restarts) == (0, "")
     asked, overrides = started(cluster)
-    assert rendezvous(asked) == ("2", 1, "alpha", 20000 + 123456 % 20000, "gpu")
+    assert rendezvous(asked) == ["2", 1, "alpha", 20000 + 123456 % 20000, "gpu"]
     assert overrides == ["+experiment=smoke", *more]
     assert cluster.calls("scontrol") == [["show", "hostnames", "alpha,beta"]]
 
@@ -160,7 +160,7 @@ def test_kubernetes(cluster: Cluster) -> None:
     script = script.removeprefix("/opt/searchrl/")
     assert cluster.run(script, *container["args"], **variables) == (0, "")
     asked, _ = started(cluster)
-    assert rendezvous(asked) == ("2", 1, variables["MASTER_ADDR"], 29500, "gpu")
+    assert rendezvous(asked) == ["2", 1, variables["MASTER_ADDR"], 29500, "gpu"]
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
@@ -172,7 +172,7 @@ def test_skypilot(cluster: Cluster, nodes: int) -> None:
     asked, overrides = started(cluster)
     assert asked["standalone"] == (nodes == 1)
     if nodes == 2:
-        assert rendezvous(asked)[:3] == ("2", 1, "10.0.0.1")
+        assert rendezvous(asked)[:3] == ["2", 1, "10.0.0.1"]
     cfg, _ = load_config(overrides)
     assert cfg.run_dir == "/runs/worldfacts_qwen"
     assert subprocess.run(["bash", "-n"], input=task["setup"], text=True, check=False).returncode == 0

@@ -156,12 +156,12 @@ def two_nodes(folder: Path, corpora: Sequence[Path], assets: Sequence[Path]) -> 
         port = probe.getsockname()[1]
     ranks = []
     for rank, (corpus, own) in enumerate(zip(corpora, assets, strict=True)):
-        variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         ranks.append(
             subprocess.Popen(
                 [sys.executable, "-c", NODE, folder, corpus, own],
-                env=environment() | {name: str(value) for name, value in variables.items()},
+                env=environment() | variables,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

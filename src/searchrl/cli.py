@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, (help_text, function) in _HYDRA_COMMANDS.items():
         command = commands.add_parser(name, help=help_text)
         command.add_argument("overrides", nargs="*", help="Hydra overrides, for example steps=10")
+        if function is _doctor:
+            command.add_argument("--deep", action="store_true", help="probe with the run's own model")
         command.set_defaults(function=function)
     for name, help_text, function in _FLAG_COMMANDS:
         command = commands.add_parser(name, help=help_text, add_help=False)
@@ -64,6 +66,20 @@ def load_config(overrides: Sequence[str], *, training: bool = True) -> tuple[Con
     Raises:
         ConfigError: an unknown key, a value of the wrong type, or a value that cannot work.
     """
+    from searchrl.launcher import world_size
+    from searchrl.validation import validate
+
+    cfg, resolved = compose_config(overrides)
+    validate(cfg, world_size=world_size(cfg), training=training)
+    return cfg, resolved
+
+
+def compose_config(overrides: Sequence[str]) -> tuple[Config, dict[str, Any]]:
+    """`load_config` without the checks of values.
+
+    Raises:
+        ConfigError: an unknown key, or a value of the wrong type.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
@@ -71,8 +87,6 @@ def load_config(overrides: Sequence[str], *, training: bool = True) -> tuple[Con
     from omegaconf.errors import OmegaConfBaseException
 
     from searchrl.config import Config, ConfigError
-    from searchrl.launcher import world_size
-    from searchrl.validation import validate
 
     ConfigStore.instance().store(name="schema", node=Config)
     try:
@@ -82,7 +96,6 @@ def load_config(overrides: Sequence[str], *, training: bool = True) -> tuple[Con
     except (HydraException, OmegaConfBaseException, AttributeError) as error:
         raise ConfigError(_explain(error, overrides, Config)) from error
     assert isinstance(cfg, Config)
-    validate(cfg, world_size=world_size(cfg), training=training)
     resolved = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(resolved, dict)
     return cfg, {str(key): value for key, value in resolved.items()}
@@ -185,6 +198,24 @@ def _warmstart(args: argparse.Namespace) -> None:
         env.console.say(f"initial policy: {initial_policy(env)}")
 
 
+def _doctor(args: argparse.Namespace) -> None:
+    from searchrl.doctor.diagnosis import diagnose
+    from searchrl.doctor.findings import Status
+    from searchrl.launcher import visible_gpus
+
+    overrides = args.overrides
+    if not overrides:
+        overrides = ["+experiment=smoke", *(["device=cuda"] if visible_gpus() else [])]
+        print(f"no experiment is named: checking what {' '.join(overrides)} needs", flush=True)
+    counts = dict.fromkeys(Status, 0)
+    for finding in diagnose(compose_config(overrides)[0], deep=args.deep):
+        counts[finding.status] += 1
+        print(finding, flush=True)
+    print(", ".join(f"{count} {status}" for status, count in counts.items()))
+    if counts[Status.FAILED]:
+        raise SystemExit(1)
+
+
 def _data(args: argparse.Namespace) -> None:
     from searchrl.data.data_cli import main as data
 
@@ -239,6 +270,7 @@ _HYDRA_COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], None]]] = {
         "check a configuration and print its plan: memory, tokens, steps; nothing is loaded",
         _validate,
     ),
+    "doctor": ("check the machine and what a run needs; what failed says what to do", _doctor),
 }
 
 

@@ -1,8 +1,8 @@
 """Starts a command once for each GPU of this machine, and ends all its ranks together.
 
-On eight GPUs `searchrl train` checks its configuration, then starts itself eight times through torch's elastic
-launcher, which tells the ranks who they are (RANK, MASTER_PORT, …), ends all when one fails, and passes signals
-on. Under torchrun, which has done the same already, nothing is launched.
+On eight GPUs `searchrl train` checks its configuration, then starts itself eight times through torch's
+elastic launcher, which tells the ranks who they are (RANK, MASTER_PORT, …), ends all when one fails, and
+passes signals on. Under torchrun, which has done the same already, nothing is launched.
 
 A rank that fails does not print why: it writes that to the file that TORCHELASTIC_ERROR_FILE names, and the
 launcher prints the first cause, once. A rank whose launcher dies, by kill -9 too, is killed by the kernel.
@@ -141,6 +141,8 @@ def join_launcher() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(launcher):  # it died before that
         os.kill(os.getpid(), signal.SIGKILL)
+    # Ctrl-C, passed on by the launcher: Python's own handler would have to wait for a collective to end.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def tell_launcher(message: str) -> bool:

@@ -95,8 +95,8 @@ def _index_identity(runner: asyncio.Runner, client: HttpRetriever, urls: Sequenc
         for rank, other in enumerate(gather_objects(identity)):
             if other != identity:
                 raise SourceError(
-                    f"this rank searches in {identity}, rank {rank} in {other}: the nodes' copies of the corpus or "
-                    "of the index differ; make them equal, or share one server with retrieval=http"
+                    f"this rank searches in {identity}, rank {rank} in {other}: the nodes' copies of the "
+                    "corpus or of the index differ; make them equal, or share one server with retrieval=http"
                 )
     except (RetrievalError, SourceError) as error:
         runner.run(client.aclose())
@@ -140,11 +140,9 @@ def retrieval_index(cfg: Config) -> Path:
                 f"{retrieval.index}; choose retrieval={kind}, or another folder"
             )
         return Path(retrieval.index_path)
-    corpus = Path(retrieval.corpus)
-    # Not beside the corpus: building a data set anew replaces its whole folder.
-    index = Path(cfg.assets) / "indexes" / f"{corpus.parent.name}-{index_name(cfg)}"
+    index = index_folder(cfg)
     build_index(
-        corpus,
+        retrieval.corpus,
         index,
         kind=retrieval.index,
         dense_index=retrieval.dense_index,
@@ -153,6 +151,14 @@ def retrieval_index(cfg: Config) -> Path:
         devices=retrieval.devices,
     )
     return index
+
+
+def index_folder(cfg: Config) -> Path:
+    """Where the embedded server's index stands, or will once it is built."""
+    if cfg.retrieval.index_path:
+        return Path(cfg.retrieval.index_path)
+    # Not beside the corpus: building a data set anew replaces its whole folder.
+    return Path(cfg.assets) / "indexes" / f"{Path(cfg.retrieval.corpus).parent.name}-{index_name(cfg)}"
 
 
 def source_settings(cfg: Config) -> list[str]:
@@ -178,7 +184,7 @@ def source_settings(cfg: Config) -> list[str]:
 
 
 def _node_server(cfg: Config, world: World) -> EmbeddedServer | None:
-    """The server of this rank's node, on the node's first rank, not started yet; elsewhere None. A collective."""
+    """This node's server, not started yet, on the node's first rank; None on others. A collective."""
     index = retrieval_index(cfg) if world.is_main else None
     barrier()  # a missing index is built once; the other nodes find it, unless their disk is another
     if not world.is_local_main:
