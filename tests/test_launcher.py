@@ -55,10 +55,16 @@ def pids(process: subprocess.Popen[str]) -> dict[int, int]:
 
 @pytest.mark.integration
 def test_the_first_error_is_printed_once_and_its_exit_code_stays() -> None:
-    """Not the first rank's, nor what it led to elsewhere."""
-    with launched(
-        "time.sleep(0.1 * (1 - rank)); tell_launcher(f'rank {rank} fails'); sys.exit(1 + rank)"
-    ) as process:
+    """Not the first rank's, nor that of the rank which is the first to end, nor what it led to elsewhere."""
+    body = """
+mine = os.environ["TORCHELASTIC_ERROR_FILE"]
+while rank == 0 and not os.path.exists(mine.replace("0/error.json", "1/error.json")):
+    time.sleep(0.01)
+tell_launcher(f"rank {rank} fails", 1 + rank)
+time.sleep(600 * rank)
+sys.exit(1)
+"""
+    with launched(body) as process:
         pids(process)
         rest, _ = process.communicate(timeout=60)
     assert (process.returncode, rest) == (2, "rank 1 fails\n")
@@ -72,7 +78,7 @@ siblings = f"/proc/{os.getppid()}/task/{os.getppid()}/children"
 while rank == 0:
     for pid in set(open(siblings).read().split()) - {str(os.getpid())}:
         if open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] == "Z":
-            tell_launcher("the connection was closed")
+            tell_launcher("the connection was closed", 1)
             sys.exit(1)
 time.sleep(600)
 """

@@ -291,13 +291,14 @@ def run() -> None:
     try:
         main()
     except SearchrlError as error:
-        if not tell_launcher(f"searchrl: {error}"):
+        code = 2 if isinstance(error, ConfigError) else 1
+        if not tell_launcher(f"searchrl: {error}", code):
             print(f"searchrl: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from error
+        raise SystemExit(code) from error
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception:
-        if not tell_launcher(traceback.format_exc()):
+        if not tell_launcher(traceback.format_exc(), 1):
             raise
         raise SystemExit(1) from None
 

@@ -20,6 +20,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from searchrl.config import Config, ConfigError, Device
@@ -145,14 +146,14 @@ def join_launcher() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def tell_launcher(message: str) -> bool:
+def tell_launcher(message: str, exit_code: int) -> bool:
     """Leave the printing of an error to the launcher. False: no `launch` of ours waits for it."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if LAUNCHER_VARIABLE not in os.environ or not is_rank() or not file:
         return False
     now = time.time()
-    with open(file, "w", encoding="utf-8") as out:
-        json.dump({"message": message, "timestamp": int(now), "seconds": now}, out)
+    told = {"message": message, "timestamp": int(now), "seconds": now, "exit_code": exit_code}
+    Path(file).write_text(json.dumps(told), encoding="utf-8")
     return True
 
 
@@ -160,17 +161,20 @@ def _explain(error: ChildFailedError) -> int:
     """Print the first cause of a failure; return the exit code."""
 
     def order(failure: ProcessFailure) -> tuple[bool, float]:
+        told = failure.error_file_data
+        if "seconds" in told:
+            return False, float(told["seconds"])
         was_ended = failure.exitcode == -signal.SIGTERM  # by the launcher, because of another
         was_killed = failure.exitcode < 0
-        seconds = float(failure.error_file_data.get("seconds", failure.timestamp))
-        return was_ended, seconds - (_NOTICED_LATE_S if was_killed else 0.0)
+        return was_ended, failure.timestamp - (_NOTICED_LATE_S if was_killed else 0.0)
 
     rank, first = min(error.failures.items(), key=lambda item: order(item[1]))
+    code = first.exitcode if first.exitcode > 0 else 1
     if "seconds" in first.error_file_data:
-        message = first.message
+        message, code = str(first.message), int(first.error_file_data["exit_code"])
     elif first.exitcode < 0:
         message = f"searchrl: rank {rank} was killed by {first.signal_name()}; the other ranks were ended"
     else:
         message = f"searchrl: rank {rank} ended with exit code {first.exitcode} and without a word"
     print(message, file=sys.stderr, flush=True)
-    return first.exitcode if first.exitcode > 0 else 1
+    return code

@@ -245,11 +245,11 @@ def main(name: str, file: Path) -> None:
         for finding in PARTS[name](cfg):
             print(json.dumps(asdict(finding)), flush=True)
     except SearchrlError as error:
-        if tell_launcher(str(error)):
+        if tell_launcher(str(error), 1):
             raise SystemExit(1) from None
         print(json.dumps(asdict(failed(name.removeprefix("deep_"), str(error)))), flush=True)
     except Exception:
-        if not tell_launcher(traceback.format_exc()):
+        if not tell_launcher(traceback.format_exc(), 1):
             raise
         raise SystemExit(1) from None
 
