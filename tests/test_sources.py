@@ -167,7 +167,7 @@ def two_nodes(folder: Path, corpora: Sequence[Path], assets: Sequence[Path]) -> 
                 text=True,
             )
         )
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
     return [(rank.returncode, output) for rank, output in zip(ranks, outputs, strict=True)]
 
 

@@ -24,7 +24,7 @@ HINTS = {
     "gpus": "`nvidia-smi` and `python -c 'import torch; torch.cuda.init()'` should work first",
     "communication": "see NCCL_DEBUG=INFO; NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME name the network to use",
     "retriever": "docs/retrieval.md has the sources, and what their errors mean",
-    "model": "docs/operations.md has the names of models; a hub model needs the hub, or HF_HOME with it",
+    "model": "model.path is a checkpoint's folder, or a hub name, which needs the hub or a cache (HF_HOME)",
     "probe": "engine and trainer do not work together here: compare `searchrl doctor` on another machine",
 }
 """What to do when a check itself breaks down, by check."""
