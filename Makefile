@@ -4,29 +4,36 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+EXTRA  := cpu
+PINS   := requirements/$(EXTRA).txt
 PIP    := $(BIN)/python -m pip install --quiet --no-deps
 
 # Where pip finds no CPU build of torch as it is configured, torch alone is asked for once more, from the
 # PyTorch project's own index. Always naming that index would cost retries per package where it is unreachable.
-TORCH       := $(shell grep '^torch==' requirements/cpu.txt)
+TORCH       := $(shell grep '^torch==' $(PINS))
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-unit test-gpu check lint format bench docs lock clean
+.PHONY: help packages setup quickstart test test-unit test-gpu check lint format bench docs lock clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP)  ## Make .venv and install everything pinned in requirements/cpu.txt (once)
+setup: $(STAMP)  ## Make .venv with everything pinned (once); EXTRA=gpu: for NVIDIA GPUs
 
-$(STAMP): requirements/cpu.txt pyproject.toml
+$(STAMP): $(VENV)/.packages pyproject.toml
+	$(PIP) --editable .
+	touch $@
+
+packages: $(VENV)/.packages
+
+$(VENV)/.packages: $(PINS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "searchrl needs Python 3.11 or newer; name one: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) $(TORCH) || $(PIP) $(TORCH) --extra-index-url $(TORCH_INDEX)
-	$(PIP) --requirement requirements/cpu.txt
-	$(PIP) --editable .
-	touch $(STAMP)
+	$(PIP) $(TORCH) || { test $(EXTRA) = cpu && $(PIP) $(TORCH) --extra-index-url $(TORCH_INDEX); }
+	$(PIP) --requirement $(PINS)
+	touch $@
 
 quickstart: setup  ## Train SmolLM2-135M to search, on the CPU, in minutes; ARGS='seed=1' adds overrides
 	$(BIN)/searchrl data worldfacts
@@ -60,9 +67,12 @@ docs:  ## List the documentation
 	@for file in README.md CONTRIBUTING.md CHANGELOG.md $(wildcard docs/*.md); do \
 	  test ! -f "$$file" || printf "  %-28s %s\n" "$$file" "$$(sed -n 's/^# //p;T;q' "$$file")"; done
 
-lock:  ## Renew requirements/cpu.txt from pyproject.toml (needs uv; find torch through UV_FIND_LINKS or UV_INDEX)
-	uv pip compile pyproject.toml --extra cpu --extra dev --python-version 3.11 --upgrade \
-	  --no-emit-find-links --no-emit-index-url --no-header --no-annotate --output-file requirements/cpu.txt
+LOCK := uv pip compile pyproject.toml --extra dev --python-version 3.11 --upgrade \
+  --no-emit-find-links --no-emit-index-url --no-header --no-annotate
+
+lock:  ## Renew requirements/*.txt from pyproject.toml (needs uv; find torch through UV_FIND_LINKS or UV_INDEX)
+	$(LOCK) --extra cpu --output-file requirements/cpu.txt
+	$(LOCK) --extra gpu --universal --output-file requirements/gpu.txt
 
 clean:  ## Remove caches and build output; keeps .venv, assets and runs
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info

@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# Train on one or more nodes. Every argument goes to Hydra:
-#   launch/torchrun.sh +experiment=NAME
-# On several nodes run the same line on each, with NODES, NODE_RANK and MASTER_ADDR set.
+# Train on several nodes; on one `searchrl train` starts a process per GPU by itself. Every argument goes to Hydra.
+# Run the same line on each node, with NODES, NODE_RANK and MASTER_ADDR set:
+#   NODES=2 NODE_RANK=0 MASTER_ADDR=node0 launch/torchrun.sh +experiment=NAME
 set -euo pipefail
 
 nodes=${NODES:-1}
-gpus=${GPUS_PER_NODE:-$(nvidia-smi --list-gpus | wc -l)}
 rendezvous=(--standalone)
 if ((nodes > 1)); then
     rendezvous=(
@@ -15,4 +14,4 @@ if ((nodes > 1)); then
         --master-port "${MASTER_PORT:-29500}"
     )
 fi
-exec torchrun "${rendezvous[@]}" --nproc-per-node "$gpus" -m searchrl.cli train "$@"
+exec torchrun "${rendezvous[@]}" --nproc-per-node "${GPUS_PER_NODE:-gpu}" -m searchrl.cli train "$@"

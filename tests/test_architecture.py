@@ -34,14 +34,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "retrieval",
         "models",
         "extensions",
+        "launcher",
     ),
     ("policy", "model_shape", "judge"),
     ("engine", "actor", "tools", "records", "scoring", "validation", "plan", "failures"),
     ("rollout", "weight_sync", "checkpoint", "objective", "samples"),
     ("evaluation", "warmstart", "sources", "update", "collect"),
     ("setup",),
-    ("trainer", "evaluation.benchmark"),
-    ("cli", "doctor", "report"),
+    ("trainer", "evaluation.benchmark", "doctor"),
+    ("cli", "report"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 

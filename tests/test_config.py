@@ -468,6 +468,7 @@ def test_amounts_are_above_zero(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
+        "processes",
         "optimizer.weight_decay",
         "episode.max_searches",
         "eval.every",
@@ -501,6 +502,7 @@ def assert_refused(cfg: Config, problem: str) -> None:
 
 def test_questions_are_shared_evenly_by_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     validate(valid(), world_size=2)
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert problems("+experiment=smoke") == (
         f"{HEAD}  - groups_per_step=4 cannot be shared evenly by 3 ranks; use a multiple of 3"
@@ -535,11 +537,8 @@ def test_validate_prints_what_the_run_amounts_to(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_has_a_plan_and_fits(
-    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", str(RANKS.get(name, 1)))
-    main(["validate", f"+experiment={name}"])
+def test_every_experiment_has_a_plan_and_fits(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["validate", f"+experiment={name}", f"processes={RANKS.get(name, 1)}"])
     peak = float(capsys.readouterr().out.splitlines()[-1].split()[1])
     assert 0 < peak < FITS.get(name, 80)
 

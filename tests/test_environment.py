@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from searchrl.environment import prepare_environment
+from searchrl.environment import LAUNCHER_VARIABLE, prepare_environment
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -34,6 +34,12 @@ def test_a_gpu_run_gets_no_settings_of_the_cpu(monkeypatch: pytest.MonkeyPatch) 
 def test_ranks_share_the_cores_though_torchrun_says_one(monkeypatch: pytest.MonkeyPatch) -> None:
     torchrun = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     assert prepared(monkeypatch, "cpu", **torchrun)["OMP_NUM_THREADS"] == str(max(1, CORES // 2))
+
+
+def test_ranks_of_our_own_launcher_keep_the_users_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = {"TORCHELASTIC_RUN_ID": "none", LAUNCHER_VARIABLE: "1", "LOCAL_WORLD_SIZE": "2"}
+    assert prepared(monkeypatch, "cpu", **launched)["OMP_NUM_THREADS"] == str(max(1, CORES // 2))
+    assert prepared(monkeypatch, "cpu", **launched, OMP_NUM_THREADS="3")["OMP_NUM_THREADS"] == "3"
 
 
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:

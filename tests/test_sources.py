@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from integration.launch import environment
 from searchrl.config import Config, ConfigError, Device, IndexKind, RetrievalConfig, RetrievalKind
 from searchrl.console import Console
 from searchrl.distributed import World
@@ -36,6 +40,39 @@ def cfg(tmp_path: Path) -> Config:
         run_dir=str(tmp_path / "run"),
         retrieval=RetrievalConfig(corpus=str(corpus), index=IndexKind.bm25),
     )
+
+
+NODE = """
+import asyncio, re, sys
+from pathlib import Path
+import httpx
+import torch.distributed as dist
+from searchrl.config import Config, Device, IndexKind, RetrievalConfig
+from searchrl.console import Console
+from searchrl.distributed import init_world
+from searchrl.retrieval.meter import RetrievalMeter
+from searchrl.sources import open_retriever
+
+folder, corpus, assets = map(Path, sys.argv[1:])
+cfg = Config(
+    device=Device.cpu,
+    assets=str(assets),
+    run_dir=str(folder / "run"),
+    retrieval=RetrievalConfig(corpus=str(corpus), index=IndexKind.bm25),
+)
+world = init_world("cpu")
+dist.init_process_group("gloo")
+with asyncio.Runner() as runner:
+    with open_retriever(cfg, world, Console(enabled=False), runner, RetrievalMeter()) as retriever:
+        (found,) = runner.run(retriever.search("capital of Ghana", 1))
+        dist.barrier()
+        log = folder / "run" / ("retriever.rank1.log" if world.rank else "retriever.log")
+        port = re.search(r"serving on port (\\d+)", log.read_text())[1]
+        asked = re.search(r'queries_total{outcome="computed"} (\\S+)', httpx.get(f"http://127.0.0.1:{port}/metrics").text)
+        print(found.title, port, asked[1])
+dist.destroy_process_group()
+"""
+"""A rank that searches once; as `setup.open_environment` does it."""
 
 
 class Searcher:
@@ -110,6 +147,52 @@ def test_servers_elsewhere_get_the_token_from_the_environment(
         monkeypatch.setenv(TOKEN_VARIABLE, "secret")
         with opened(cfg) as search:
             assert search("Peru")[0].title == "Lima"
+
+
+def two_nodes(folder: Path, corpora: Sequence[Path], assets: Sequence[Path]) -> list[tuple[int, str]]:
+    """Exit code and output of two ranks that are each the first of a node; gloo over loopback joins them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank, (corpus, own) in enumerate(zip(corpora, assets, strict=True)):
+        variables = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, "-c", NODE, folder, corpus, own],
+                env=environment() | variables,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    return [(rank.returncode, output) for rank, output in zip(ranks, outputs, strict=True)]
+
+
+@pytest.mark.integration
+def test_every_node_has_a_server_of_its_own_over_an_index_built_once(cfg: Config, tmp_path: Path) -> None:
+    corpus, assets = Path(cfg.retrieval.corpus), tmp_path / "assets"
+    ended = two_nodes(tmp_path, [corpus] * 2, [assets] * 2)
+    assert [code for code, _ in ended] == [0, 0], ended
+    found, ports, asked = zip(*(output.split() for _, output in ended), strict=True)
+    assert found == ("Accra", "Accra")
+    assert len(set(ports)) == 2
+    assert asked == ("1.0", "1.0")  # by the rank of its own node, and nobody else
+    for port in ports:  # both have been stopped
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", int(port)), timeout=1)
+
+
+@pytest.mark.integration
+def test_nodes_that_search_in_different_indexes_are_refused(cfg: Config, tmp_path: Path) -> None:
+    corpus = Path(cfg.retrieval.corpus)
+    other = tmp_path / "other" / "corpus.jsonl"
+    other.parent.mkdir()
+    other.write_text(corpus.read_text().replace("Oslo", "Rome"))
+    ended = two_nodes(tmp_path, [corpus, other], [tmp_path / "a", tmp_path / "b"])
+    assert [code != 0 and "the nodes' copies of the corpus" in output for code, output in ended] == [True] * 2
 
 
 def test_a_server_that_does_not_answer_is_told_before_anything_loads(cfg: Config) -> None:

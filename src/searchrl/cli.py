@@ -6,7 +6,9 @@ import argparse
 import difflib
 import os
 import shlex
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
@@ -23,6 +25,9 @@ Teach a language model to search while it reasons.
   searchrl train +experiment=quickstart        warm start, GRPO, evaluation before and after
   searchrl eval  +experiment=quickstart name=OTHER checkpoint=runs/NAME/model
   searchrl train +experiment=quickstart steps=5 group_size=4 optimizer.lr=1e-5
+  searchrl doctor +experiment=quickstart       check the machine and all that this run needs
+
+train, eval and warmstart start one process for each visible GPU; processes=N says otherwise.
 """
 
 
@@ -35,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, (help_text, function) in _HYDRA_COMMANDS.items():
         command = commands.add_parser(name, help=help_text)
         command.add_argument("overrides", nargs="*", help="Hydra overrides, for example steps=10")
+        if function is _doctor:
+            command.add_argument("--deep", action="store_true", help="probe with the run's own model")
         command.set_defaults(function=function)
     for name, help_text, function in _FLAG_COMMANDS:
         command = commands.add_parser(name, help=help_text, add_help=False)
@@ -59,6 +66,20 @@ def load_config(overrides: Sequence[str], *, training: bool = True) -> tuple[Con
     Raises:
         ConfigError: an unknown key, a value of the wrong type, or a value that cannot work.
     """
+    from searchrl.launcher import world_size
+    from searchrl.validation import validate
+
+    cfg, resolved = compose_config(overrides)
+    validate(cfg, world_size=world_size(cfg), training=training)
+    return cfg, resolved
+
+
+def compose_config(overrides: Sequence[str]) -> tuple[Config, dict[str, Any]]:
+    """`load_config` without the checks of values.
+
+    Raises:
+        ConfigError: an unknown key, or a value of the wrong type.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
@@ -66,7 +87,6 @@ def load_config(overrides: Sequence[str], *, training: bool = True) -> tuple[Con
     from omegaconf.errors import OmegaConfBaseException
 
     from searchrl.config import Config, ConfigError
-    from searchrl.validation import validate
 
     ConfigStore.instance().store(name="schema", node=Config)
     try:
@@ -76,7 +96,6 @@ def load_config(overrides: Sequence[str], *, training: bool = True) -> tuple[Con
     except (HydraException, OmegaConfBaseException, AttributeError) as error:
         raise ConfigError(_explain(error, overrides, Config)) from error
     assert isinstance(cfg, Config)
-    validate(cfg, world_size=_world_size(), training=training)
     resolved = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(resolved, dict)
     return cfg, {str(key): value for key, value in resolved.items()}
@@ -117,18 +136,16 @@ def _keys(schema: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def _world_size() -> int:
-    """Ranks of the run, as torchrun says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _train(args: argparse.Namespace) -> None:
+    from searchrl.launcher import world_size
     from searchrl.plan import summary
 
     cfg, resolved = load_config(args.overrides)
     _claim_run_dir(cfg, resolved)
+    if _launched(args, cfg):
+        return
     if os.environ.get("RANK", "0") == "0":
-        print(summary(cfg, world_size=_world_size()), flush=True)
+        print(summary(cfg, world_size=world_size(cfg)), flush=True)
     _prepare(cfg)
     from searchrl.trainer import train
 
@@ -138,13 +155,27 @@ def _train(args: argparse.Namespace) -> None:
 def _eval(args: argparse.Namespace) -> None:
     cfg, resolved = load_config(args.overrides, training=False)
     _claim_run_dir(cfg, resolved, training=False)
+    if _launched(args, cfg):
+        return
     _prepare(cfg)
     from searchrl.evaluation.benchmark import evaluate_checkpoint
 
     evaluate_checkpoint(cfg, command=shlex.join(["searchrl", "eval", *args.overrides]))
 
 
+def _launched(args: argparse.Namespace, cfg: Config) -> bool:
+    """Give the command to several ranks on this machine, if it is to run in so many; True once they ended."""
+    from searchrl.launcher import is_rank, launch, require_devices, world_size
+
+    require_devices(cfg)
+    if is_rank() or world_size(cfg) == 1:
+        return False
+    launch(["-m", "searchrl.cli", args.command, *args.overrides], world_size(cfg))
+    return True
+
+
 def _validate(args: argparse.Namespace) -> None:
+    from searchrl.launcher import world_size
     from searchrl.plan import describe
 
     cfg, _ = load_config(args.overrides)
@@ -153,16 +184,36 @@ def _validate(args: argparse.Namespace) -> None:
         f"{cfg.groups_per_step * cfg.group_size} trajectories, "
         f"{cfg.steps * cfg.groups_per_step * cfg.group_size} in all; run directory {cfg.run_dir}"
     )
-    print(describe(cfg, world_size=_world_size()))
+    print(describe(cfg, world_size=world_size(cfg)))
 
 
 def _warmstart(args: argparse.Namespace) -> None:
     cfg, _ = load_config(args.overrides)
+    if _launched(args, cfg):
+        return
     _prepare(cfg)
     from searchrl.setup import initial_policy, open_environment
 
     with open_environment(cfg) as env:
         env.console.say(f"initial policy: {initial_policy(env)}")
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from searchrl.doctor.diagnosis import diagnose
+    from searchrl.doctor.findings import Status
+    from searchrl.launcher import visible_gpus
+
+    overrides = args.overrides
+    if not overrides:
+        overrides = ["+experiment=smoke", *(["device=cuda"] if visible_gpus() else [])]
+        print(f"no experiment is named: checking what {' '.join(overrides)} needs", flush=True)
+    counts = dict.fromkeys(Status, 0)
+    for finding in diagnose(compose_config(overrides)[0], deep=args.deep):
+        counts[finding.status] += 1
+        print(finding, flush=True)
+    print(", ".join(f"{count} {status}" for status, count in counts.items()))
+    if counts[Status.FAILED]:
+        raise SystemExit(1)
 
 
 def _data(args: argparse.Namespace) -> None:
@@ -219,6 +270,7 @@ _HYDRA_COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], None]]] = {
         "check a configuration and print its plan: memory, tokens, steps; nothing is loaded",
         _validate,
     ),
+    "doctor": ("check the machine and what a run needs; what failed says what to do", _doctor),
 }
 
 
@@ -233,12 +285,22 @@ def run() -> None:
     """``main`` with errors that explain themselves reported as one message instead of a traceback."""
     from searchrl.config import ConfigError
     from searchrl.errors import SearchrlError
+    from searchrl.launcher import join_launcher, tell_launcher
 
+    join_launcher()
     try:
         main()
     except SearchrlError as error:
-        print(f"searchrl: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from error
+        code = 2 if isinstance(error, ConfigError) else 1
+        if not tell_launcher(f"searchrl: {error}", code):
+            print(f"searchrl: {error}", file=sys.stderr)
+        raise SystemExit(code) from error
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    except Exception:
+        if not tell_launcher(traceback.format_exc(), 1):
+            raise
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -27,6 +27,15 @@ class World:
         """True on the rank that writes files and prints."""
         return self.rank == 0
 
+    @property
+    def is_local_main(self) -> bool:
+        """True on the rank that starts what its node shares."""
+        return self.local_rank == 0
+
+    def of_my_node(self, values: Sequence[T]) -> T:
+        """Of values in rank order the one from this node's first rank: launchers number a node's in a row."""
+        return values[self.rank - self.local_rank]
+
 
 def init_world(device: str) -> World:
     """Read what ``torchrun`` set, or set the same for a single process. Starts no communication.

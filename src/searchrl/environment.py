@@ -18,6 +18,9 @@ QUIET_LOGGERS = (
     "torch.distributed",
 )
 
+LAUNCHER_VARIABLE = "SEARCHRL_LAUNCHER"
+"""Set, to a process id, in ranks that `launcher.launch` started."""
+
 # vLLM and DeepSpeed call these by the names that torch is about to drop, some of them at every step.
 _DEPRECATED_NAMES = "reduce_op|all_gather_into_tensor|reduce_scatter_tensor"
 
@@ -30,7 +33,8 @@ def prepare_environment(device: str) -> None:
     """
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # torchrun sets one thread when nothing is set; a rank's fair share of the cores is what we want.
-    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and LAUNCHER_VARIABLE not in os.environ
+    if "OMP_NUM_THREADS" not in os.environ or by_torchrun:
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     settings = {
         # Threads that spin while they wait cost up to nine tenths of the throughput on shared cores.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from searchrl.config import Config, ConfigError, IndexKind, RetrievalKind
 from searchrl.console import Console
-from searchrl.distributed import World, barrier, broadcast_object
+from searchrl.distributed import World, barrier, gather_objects
 from searchrl.errors import SearchrlError
 from searchrl.models import resolve_model
 from searchrl.retrieval.cache import CachedRetriever, DiskCache, ReplayRetriever
@@ -67,10 +67,12 @@ def _open_source(
             yield client, _index_identity(runner, client, retrieval.urls)
         case RetrievalKind.embedded:
             with ExitStack() as stack:
-                url = stack.enter_context(_embedded_server(cfg, console)).url if world.is_main else ""
-                client = _client(cfg, [broadcast_object(url)], meter)
+                console.say(f"retriever: {retrieval.index} index over {retrieval.corpus}")
+                server = _node_server(cfg, world)
+                url = stack.enter_context(server).url if server is not None else ""
+                client = _client(cfg, [world.of_my_node(gather_objects(url))], meter)
                 yield client, _index_identity(runner, client, [])
-                barrier()  # the server stays until every rank has had its last answer
+                barrier()  # the servers stay until every rank has had its last answer
         case RetrievalKind.google | RetrievalKind.brave | RetrievalKind.searxng | RetrievalKind.mcp:
             from searchrl.retrieval.web import open_web_retriever, source_identity
 
@@ -86,13 +88,20 @@ def _open_source(
 
 
 def _index_identity(runner: asyncio.Runner, client: HttpRetriever, urls: Sequence[str]) -> str:
-    """The index behind ``client``, or the servers where they do not name it."""
+    """The index behind ``client``, or the servers where they do not name it; the same on every rank."""
     try:
         found = runner.run(client.fingerprint())
-    except RetrievalError as error:
+        identity = f"index {found}" if found else "servers " + " ".join(sorted(urls))
+        for rank, other in enumerate(gather_objects(identity)):
+            if other != identity:
+                raise SourceError(
+                    f"this rank searches in {identity}, rank {rank} in {other}: the nodes' copies of the "
+                    "corpus or of the index differ; make them equal, or share one server with retrieval=http"
+                )
+    except (RetrievalError, SourceError) as error:
         runner.run(client.aclose())
         raise SourceError(str(error)) from error
-    return f"index {found}" if found else "servers " + " ".join(sorted(urls))
+    return identity
 
 
 def _client(
@@ -131,11 +140,9 @@ def retrieval_index(cfg: Config) -> Path:
                 f"{retrieval.index}; choose retrieval={kind}, or another folder"
             )
         return Path(retrieval.index_path)
-    corpus = Path(retrieval.corpus)
-    # Not beside the corpus: building a data set anew replaces its whole folder.
-    index = Path(cfg.assets) / "indexes" / f"{corpus.parent.name}-{index_name(cfg)}"
+    index = index_folder(cfg)
     build_index(
-        corpus,
+        retrieval.corpus,
         index,
         kind=retrieval.index,
         dense_index=retrieval.dense_index,
@@ -144,6 +151,14 @@ def retrieval_index(cfg: Config) -> Path:
         devices=retrieval.devices,
     )
     return index
+
+
+def index_folder(cfg: Config) -> Path:
+    """Where the embedded server's index stands, or will once it is built."""
+    if cfg.retrieval.index_path:
+        return Path(cfg.retrieval.index_path)
+    # Not beside the corpus: building a data set anew replaces its whole folder.
+    return Path(cfg.assets) / "indexes" / f"{Path(cfg.retrieval.corpus).parent.name}-{index_name(cfg)}"
 
 
 def source_settings(cfg: Config) -> list[str]:
@@ -168,12 +183,18 @@ def source_settings(cfg: Config) -> list[str]:
     return settings
 
 
-def _embedded_server(cfg: Config, console: Console) -> EmbeddedServer:
-    console.say(f"retriever: {cfg.retrieval.index} index over {cfg.retrieval.corpus}")
+def _node_server(cfg: Config, world: World) -> EmbeddedServer | None:
+    """This node's server, not started yet, on the node's first rank; None on others. A collective."""
+    index = retrieval_index(cfg) if world.is_main else None
+    barrier()  # a missing index is built once; the other nodes find it, unless their disk is another
+    if not world.is_local_main:
+        return None
+    # Nodes may share the run directory.
+    log = "retriever.log" if world.is_main else f"retriever.rank{world.rank}.log"
     return EmbeddedServer(
-        retrieval_index(cfg),
+        index or retrieval_index(cfg),
         cfg.retrieval.corpus,
-        log_path=Path(cfg.run_dir) / "retriever.log",
+        log_path=Path(cfg.run_dir) / log,
         encoder_path=_encoder(cfg),
         devices=cfg.retrieval.devices,
         shuffle_seed=SHUFFLE_SEED if cfg.retrieval.shuffle_documents else None,

@@ -48,9 +48,7 @@ SMALL = (
 def command(document: str, start: str) -> list[str]:
     """The arguments of a document's ``searchrl`` command that begins so."""
     text = (ROOT / document).read_text(encoding="utf-8").replace("\\\n", " ")
-    found = re.search(
-        rf"^    (?:searchrl|torchrun .* -m searchrl.cli) +({re.escape(start)}.*?)(  #.*)?$", text, re.M
-    )
+    found = re.search(rf"^    searchrl +({re.escape(start)}.*?)(  #.*)?$", text, re.M)
     assert found is not None, start
     return shlex.split(found[1])
 

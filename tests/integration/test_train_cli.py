@@ -1,5 +1,7 @@
 """The command line end to end: real model, engine, DeepSpeed, search server; killed, resumed, on two ranks.
 
+Two ranks start by themselves in one run, under torchrun in another.
+
 smoke's policy is tiny, but its warm start teaches it to search, and sometimes to answer in the right form:
 so searches, rewards and gradients are all there.
 """
@@ -220,8 +222,9 @@ def later(bench: Bench, finished: Ended) -> Iterator[dict[str, Future[Any]]]:
         "stopped": lambda: signalled(bench, "stopped", "step 1/50", signal.SIGSTOP, "steps=50", *IMPATIENT),
         "swapped": lambda: other_index(bench),
         "watched": lambda: watched(bench),
-        "two ranks": lambda: bench.run("two", "steps=2", "saving={every: 0}", ranks=2),
+        "two ranks": lambda: bench.run("two", "steps=2", "saving={every: 0}", "processes=2"),
         "custom": lambda: bench.run("custom", *custom_overrides()[2:], *EVERYTHING, ranks=2),
+        "doctor": lambda: bench.run("doctor", mode="doctor"),
         "eval": lambda: bench.run("judged", f"checkpoint={model}", mode="eval"),
         "none": lambda: bench.run(
             "none", "steps=1", "retrieval=none", f"model.path={model}", "warmstart.demonstrations=0"
@@ -426,6 +429,17 @@ def test_two_ranks_do_what_one_does(bench: Bench, later: dict[str, Future[Ended]
     halves = [bench.trajectories("two", f"step-000001.rank{rank}.jsonl") for rank in (0, 1)]
     whole = bench.trajectories("finished", "step-000001.rank0.jsonl")
     assert [streams(record) for half in halves for record in half] == [streams(record) for record in whole]
+
+
+def test_the_doctor_finds_nothing_in_the_way_of_these_runs(later: dict[str, Future[Ended]]) -> None:
+    ended = later["doctor"].result()
+    assert ended.code == 0, ended.printed
+    *findings, summary = [line for line in ended.printed.splitlines() if not line.startswith(" ")]
+    assert {line.split()[1] for line in findings} == {
+        *("configuration", "versions", "packages", "environment", "memory", "disk"),
+        *("gpus", "communication", "retriever", "model", "probe"),
+    }
+    assert summary.endswith(" 0 failed")
 
 
 def test_custom_functions_adapters_and_dynamic_sampling_train(

@@ -57,8 +57,8 @@ class RetrievalConfig:
     """Search results: an embedded server, servers elsewhere, the web, a recording, or an ablation."""
 
     kind: RetrievalKind = RetrievalKind.embedded
-    """``embedded``: the train command starts a server on loopback and stops it at the end. ``oracle``: every
-    search returns the question's ``metadata.gold_passages``; for `searchrl eval` only."""
+    """``embedded``: the train command starts a server on loopback, one a node, and stops it at the end.
+    ``oracle``: every search returns the question's ``metadata.gold_passages``; for `searchrl eval` only."""
     corpus: str = ""
     """embedded, oracle: passages, JSONL."""
     index: IndexKind = IndexKind.bm25

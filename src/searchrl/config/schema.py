@@ -292,6 +292,9 @@ class Config:
     """Seed of everything."""
     device: Device = Device.cuda
     """``cpu`` or ``cuda``."""
+    processes: int = 0
+    """Ranks that the command starts on this machine; 0: one for each visible GPU, on a CPU one in all. Under
+    torchrun, which decides, it must be left out."""
     steps: int = 100
     """Steps: a rollout and the update on it, usually one optimizer step (see ``update``)."""
     groups_per_step: int = 32
