@@ -76,7 +76,8 @@ def load_config(overrides: Sequence[str], *, training: bool = True) -> tuple[Con
     except (HydraException, OmegaConfBaseException, AttributeError) as error:
         raise ConfigError(_explain(error, overrides, Config)) from error
     assert isinstance(cfg, Config)
-    validate(cfg, world_size=_world_size(), training=training)
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", _world_size()))
+    validate(cfg, world_size=_world_size(), local_world_size=local_world_size, training=training)
     resolved = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(resolved, dict)
     return cfg, {str(key): value for key, value in resolved.items()}
