@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 HAS_GPU = Path("/dev/nvidiactl").exists()
+BACKGROUND = {"lora_checks": (1, 2), "update_checks": (1, 2), "tp_checks": (2,)}
+"""Check scripts that run beside the tests, named like their fixtures, and on how many ranks."""
 
 # Before anything imports torch: none of this can be changed afterwards. What the user has set stays.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a model hub is wrong
@@ -50,9 +52,9 @@ def _stage(item: pytest.Item) -> int:
 
 
 def _background_checks(items: Sequence[pytest.Item]) -> list[str]:
-    """The check scripts, named like their fixtures, that these tests look at."""
+    """Those of them that these tests look at."""
     asked = {name for item in items if isinstance(item, pytest.Function) for name in item.fixturenames}
-    return [name for name in ("lora_checks", "update_checks") if name in asked]
+    return [name for name in BACKGROUND if name in asked]
 
 
 @pytest.fixture(scope="session")
@@ -92,13 +94,15 @@ def background(
 
     def check(script: str, ranks: int) -> tuple[Path, Checks]:
         out = tmp_path_factory.mktemp(f"{script}{ranks}")
-        return out, run_checks(script, out, *models, ranks=ranks, timeout_s=900)
+        fails = script == "tp_checks"
+        return out, run_checks(script, out, *models, ranks=ranks, timeout_s=900, fails=fails)
 
     scripts = _background_checks(request.session.items)
     models = [request.getfixturevalue(name) for name in ("tiny_model", "tiny_model_untied") if scripts]
     pool = ThreadPoolExecutor(1)
     # Those on one rank first: beside the unit tests, some of which look at the clock, only one core is free.
-    yield {(script, ranks): pool.submit(check, script, ranks) for ranks in (1, 2) for script in scripts}
+    order = [(script, ranks) for ranks in (1, 2) for script in scripts if ranks in BACKGROUND[script]]
+    yield {key: pool.submit(check, *key) for key in order}
     pool.shutdown(cancel_futures=True)
 
 
@@ -118,12 +122,18 @@ def lora_checks(
     return {ranks: background["lora_checks", ranks].result() for ranks in (1, 2)}
 
 
+@pytest.fixture(scope="session")
+def tp_checks(background: dict[tuple[str, int], Future[tuple[Path, Checks]]]) -> Checks:
+    """The results of ``tp_checks``, where two ranks hold an engine."""
+    return background["tp_checks", 2].result()[1]
+
+
 @pytest.fixture
 def shipped_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, in which every shipped configuration finds its files; its keys are set."""
     touch_shipped_files(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name in ("SERPER_API_KEY", "BRAVE_API_KEY"):
         monkeypatch.setenv(name, "k")

@@ -47,7 +47,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 
 OWNERS = {
-    "vllm": {"engine"},
+    "vllm": {"engine", "engine.requests"},
     "deepspeed": {"actor"},
     "peft": {"policy"},
     "transformers": {"protocol", "models", "retrieval.encoder", "policy"},

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -415,6 +416,7 @@ def test_all_problems_are_reported_at_once() -> None:
     "name",
     [
         "groups_per_step",
+        "engine.tensor_parallel",
         "engine.max_num_seqs",
         "engine.block_size",
         "engine.max_num_batched_tokens",
@@ -500,12 +502,55 @@ def assert_refused(cfg: Config, problem: str) -> None:
     assert str(caught.value) == f"{HEAD}  - {problem}"
 
 
-def test_questions_are_shared_evenly_by_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_questions_are_shared_evenly_by_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     validate(valid(), world_size=2)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert problems("+experiment=smoke") == (
-        f"{HEAD}  - groups_per_step=4 cannot be shared evenly by 3 ranks; use a multiple of 3"
+        f"{HEAD}  - groups_per_step=4 cannot be shared evenly by 3 engines; use a multiple of 3"
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks", "a_node", "model", "problem"),
+    [
+        (2, 2, 2, "random:tiny", ""),
+        (2, 4, 2, "random:tiny", ""),
+        (4, 4, 4, "random:tiny", ""),  # two ranks have a copy of each of two key-value heads
+        (4, 16, 8, "org/unknown", ""),
+        (2, 3, 3, "random:tiny", "does not divide the number of ranks of the run, 3; start a multiple of 2"),
+        (4, 4, 2, "random:tiny", "does not divide the number of ranks of the node, 2; start a multiple of 4"),
+        (
+            2,
+            2,
+            2,
+            "package:smollm2-135m",
+            "cannot share the 9 attention heads and 3 key-value heads of package:smollm2-135m; choose among "
+            "1, 3, 9",
+        ),
+        (8, 8, 8, "random:tiny", "cannot share the 4 attention heads and 2 key-value heads of random:tiny"),
+    ],
+)
+def test_ranks_that_hold_an_engine(size: int, ranks: int, a_node: int, model: str, problem: str) -> None:
+    cfg = valid()
+    cfg.engine.tensor_parallel, cfg.model.path = size, model
+    check = partial(validate, cfg, world_size=ranks, local_world_size=a_node)
+    if not problem:
+        check()
+        return
+    for training in (True, False):
+        with pytest.raises(ConfigError, match=f"- engine.tensor_parallel={size} {re.escape(problem)}"):
+            check(training=training)
+
+
+def test_engines_share_questions_whatever_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert "groups_per_step=4 cannot be shared evenly by 8 engines" in problems("+experiment=smoke")
+    load_config(["+experiment=smoke", "engine.tensor_parallel=2"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    found = problems("+experiment=smoke", "engine.tensor_parallel=2")
+    assert found.startswith(
+        f"{HEAD}  - engine.tensor_parallel=2 does not divide the number of ranks of the n"
     )
 
 
@@ -623,7 +668,7 @@ def test_an_oracle_needs_a_corpus_and_records_nothing() -> None:
 
 def test_an_evaluation_runs_on_any_number_of_ranks() -> None:
     validate(valid(), world_size=3, training=False)
-    with pytest.raises(ConfigError, match="groups_per_step=4 cannot be shared evenly by 3 ranks"):
+    with pytest.raises(ConfigError, match="groups_per_step=4 cannot be shared evenly by 3 engines"):
         validate(valid(), world_size=3)
 
 

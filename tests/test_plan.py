@@ -202,6 +202,16 @@ def test_a_cpu_packs_a_tied_head_twice() -> None:
     assert plan_memory(cfg, untied, world_size=1).engine_weights == 4 * untied.parameters
 
 
+def test_ranks_that_hold_an_engine_split_its_weights_and_heads() -> None:
+    cfg = config()
+    cfg.engine = EngineConfig(kv_cache_gib=2000 / GIB, block_size=4, tensor_parallel=4)
+    shape = replace(SMALL, heads=4, kv_heads=2)
+    plan = plan_memory(cfg, shape, world_size=4)
+    assert plan.engine_weights == 2 * -(-shape.parameters // 4)
+    # A token: 2 x 3 layers x 1 head of 2 x 4 numbers x 2 bytes = 48; a block of four 192; ten fit in 2,000.
+    assert plan.kv_tokens == 40
+
+
 def test_the_head_by_hand() -> None:
     cfg = config(DType.float32, 0)
     cfg.batching.logprob_chunk = 100

@@ -66,11 +66,11 @@ def load_config(overrides: Sequence[str], *, training: bool = True) -> tuple[Con
     Raises:
         ConfigError: an unknown key, a value of the wrong type, or a value that cannot work.
     """
-    from searchrl.launcher import world_size
+    from searchrl.launcher import local_ranks, world_size
     from searchrl.validation import validate
 
     cfg, resolved = compose_config(overrides)
-    validate(cfg, world_size=world_size(cfg), training=training)
+    validate(cfg, world_size=world_size(cfg), local_world_size=local_ranks(cfg), training=training)
     return cfg, resolved
 
 

@@ -49,14 +49,14 @@ def collect(
     groups_per_step: int,
     resampling: ResamplingConfig,
 ) -> Collected:
-    """Draw, play and score this rank's share of every round. A collective.
+    """Draw, play and score this engine's share of every round. A collective.
 
     With one round a step takes every complete group. With more it takes groups whose rewards vary; each round
     draws as many questions as are missing, and after the last the step takes what there is.
 
     Args:
-        sampler: shares each draw among the ranks.
-        play: runs episodes on this rank.
+        sampler: shares each draw among the engines.
+        play: runs episodes on this rank's engine; returns none on ranks that only follow.
         score: rewards of groups; sees each once, all of a round together unless it is over-sampled.
         groups_per_step: groups that a step trains on, over all ranks.
         resampling: how many rounds, and how many groups are started for one that is needed.
@@ -66,8 +66,8 @@ def collect(
     signals: dict[int, bool] = {}  # of every complete group of all ranks: has it a signal?
     rounds = sampled = 0
     while rounds < resampling.max_rounds and (missing := groups_per_step - sum(signals.values())) > 0:
-        share = missing / sampler.world_size
-        count = sampler.world_size * math.ceil(resampling.oversample * share)
+        share = missing / sampler.engines
+        count = sampler.engines * math.ceil(resampling.oversample * share)
         if resampling.oversample > 1:
             quota = _Quota(score=score, needed=math.ceil(share), needs_signal=is_dynamic)
             play(sampler.take(count), quota)
@@ -98,7 +98,7 @@ def collect(
 
 @dataclass(kw_only=True, slots=True)
 class _Quota:
-    """Scores groups as they complete and tells when this rank has those it needs."""
+    """Scores groups as they complete and tells when this engine has those it needs."""
 
     score: Callable[[Sequence[Group]], list[ScoredGroup]]
     needed: int

@@ -7,7 +7,10 @@ import random
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
@@ -21,6 +24,8 @@ class World:
     local_rank: int
     device: str
     """``cpu`` or ``cuda:<local rank>``."""
+    engine_size: int = 1
+    """Consecutive ranks that hold one engine together."""
 
     @property
     def is_main(self) -> bool:
@@ -36,12 +41,28 @@ class World:
         """Of values in rank order the one from this node's first rank: launchers number a node's in a row."""
         return values[self.rank - self.local_rank]
 
+    @property
+    def engines(self) -> int:
+        """Number of engines; they share the questions."""
+        return self.size // self.engine_size
 
-def init_world(device: str) -> World:
+    @property
+    def engine_index(self) -> int:
+        """Which of them this rank belongs to."""
+        return self.rank // self.engine_size
+
+    @property
+    def leads_engine(self) -> bool:
+        """True on the first rank of an engine, which runs its episodes."""
+        return self.rank % self.engine_size == 0
+
+
+def init_world(device: str, *, engine_size: int = 1) -> World:
     """Read what ``torchrun`` set, or set the same for a single process. Starts no communication.
 
     Args:
         device: ``cpu`` or ``cuda``.
+        engine_size: ranks that hold one engine together; divides their number.
     """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -55,6 +76,7 @@ def init_world(device: str) -> World:
         size=int(os.environ["WORLD_SIZE"]),
         local_rank=local_rank,
         device=f"cuda:{local_rank}" if device == "cuda" else "cpu",
+        engine_size=engine_size,
     )
 
 
@@ -86,14 +108,24 @@ def reduce_values(values: Sequence[float], op: str) -> list[float]:
     return [float(value) for value in tensor.tolist()]
 
 
-def gather_objects(value: T) -> list[T]:
-    """Every rank's picklable value, in rank order, on every rank."""
+def side_group(size: int) -> ProcessGroup | None:
+    """A gloo group of ``size`` consecutive ranks, this one among them, for messages beside the trainer's.
+
+    None for a group of one. A collective of all ranks, whose number ``size`` divides.
+    """
     import torch.distributed as dist
 
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    return dist.new_subgroups(group_size=size, backend="gloo")[0] if size > 1 else None
+
+
+def gather_objects(value: T, group: ProcessGroup | None = None) -> list[T]:
+    """Every rank's picklable value, in rank order, on every rank of ``group`` (None: of all)."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [value]
-    values: list[T | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values: list[T | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group)
     return values  # type: ignore[return-value]  # all slots are filled by the collective
 
 

@@ -43,6 +43,11 @@ def world_size(cfg: Config) -> int:
     return visible_gpus() or 1
 
 
+def local_ranks(cfg: Config) -> int:
+    """Those of them that run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_rank() else world_size(cfg)
+
+
 def is_rank() -> bool:
     """True in a process that torchrun, or `launch`, has started."""
     return "RANK" in os.environ
@@ -50,7 +55,7 @@ def is_rank() -> bool:
 
 def require_devices(cfg: Config) -> None:
     """Raise ``ConfigError`` where this machine cannot run the ranks that the configuration asks of it."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_rank() else world_size(cfg)
+    ranks = local_ranks(cfg)
     if cfg.processes and ranks != cfg.processes:
         raise ConfigError(
             f"processes={cfg.processes}, but the launcher has started {ranks} on this machine; leave out "

@@ -7,6 +7,7 @@ Exact, given the model's shape: weights, optimizer, key-value cache. With Ψ par
   are split over N. Weights are bΨ (bΨ/N at stage 3), gradients bΨ_t (bΨ_t/N from stage 2 on). In bf16 that
   is the 16 bytes a parameter of the ZeRO paper (arXiv 1910.02054, section 3.1).
 - A token's keys and values: 2 · layers · kv_heads · head_dim · b.
+- An engine over t ranks (tensor_parallel) splits weights and heads over them; the cache is given per rank.
 
 Estimates, marked as such where they are printed:
 
@@ -115,7 +116,8 @@ def plan_memory(cfg: Config, shape: ModelShape, *, world_size: int) -> MemoryPla
     frozen = shape.parameters if cfg.model.lora.rank else 0
     has_reference = cfg.loss.kl_coef > 0 and not cfg.model.lora.rank
     kv_cache = int(cfg.engine.kv_cache_gib * GIB)
-    block = cfg.engine.block_size * kv_bytes_per_token(shape, cfg.model.dtype)
+    shared = min(cfg.engine.tensor_parallel, shape.kv_heads)  # beyond that heads are copied
+    block = cfg.engine.block_size * kv_bytes_per_token(shape, cfg.model.dtype) // shared
     return MemoryPlan(
         engine_weights=engine_weights(cfg, shape),
         kv_cache=kv_cache,
@@ -137,9 +139,9 @@ def _size(dtype: DType) -> int:
 
 
 def engine_weights(cfg: Config, shape: ModelShape) -> int:
-    """Whole on every rank; a CPU packs a tied head a second time."""
+    """Whole on every rank, or split over those of an engine; a CPU packs a tied head a second time."""
     packed = shape.vocabulary * shape.hidden if shape.is_tied and cfg.device is Device.cpu else 0
-    return (shape.parameters + packed) * _size(cfg.model.dtype)
+    return math.ceil((shape.parameters + packed) / cfg.engine.tensor_parallel) * _size(cfg.model.dtype)
 
 
 def kv_bytes_per_token(shape: ModelShape, dtype: DType) -> int:

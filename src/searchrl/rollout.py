@@ -69,8 +69,6 @@ class Rollout:
             async with asyncio.timeout(self.limits.deadline_s):
                 async with asyncio.TaskGroup() as tasks:
                     running += [tasks.create_task(play(*question)) for question in questions]
-                if len(complete) < len(questions):
-                    await self.engine.drain()
         except TimeoutError as error:
             raise TimeoutError(
                 f"episodes were still running after episode.deadline_s={self.limits.deadline_s:g} seconds; "

@@ -64,7 +64,7 @@ class Run:
 @contextmanager
 def open_environment(cfg: Config, *, training: bool = True) -> Iterator[Environment]:
     """Questions, tokenizer and retriever; stops what it started, whatever happens."""
-    world = init_world(cfg.device)
+    world = init_world(cfg.device, engine_size=cfg.engine.tensor_parallel)
     console = Console(enabled=world.is_main)
     train_examples, eval_examples = load_questions(cfg, training=training)
     init_communication(world)

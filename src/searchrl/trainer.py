@@ -101,19 +101,18 @@ def _rollout(run: Run, sampler: Sampler, step: int) -> Collected:
     """This rank's groups of the step, scored."""
     cfg, world, env = run.env.cfg, run.env.world, run.env
     env.searches.take()  # those of evaluations and of the warm start are not this step's
-    share = cfg.groups_per_step // world.size
+    share = cfg.groups_per_step // world.engines
     with env.console.progress(f"step {step + 1} episodes", share * cfg.group_size) as advance:
 
         def play(questions: Sequence[tuple[int, Example]], is_enough: Callable[[Group], bool]) -> list[Group]:
-            return env.runner.run(
-                run.rollout.groups(
-                    questions,
-                    group_size=cfg.group_size,
-                    sampling=cfg.sampling,
-                    on_finish=advance,
-                    is_enough=is_enough,
-                )
+            episodes = run.rollout.groups(
+                questions,
+                group_size=cfg.group_size,
+                sampling=cfg.sampling,
+                on_finish=advance,
+                is_enough=is_enough,
             )
+            return run.engine.run(env.runner, episodes)
 
         collected = collect(
             sampler, play, env.score, groups_per_step=cfg.groups_per_step, resampling=cfg.resampling
@@ -186,8 +185,8 @@ def _sampler(run: Run) -> Sampler:
     return Sampler(
         [example for example in run.env.train_examples if not hops or example.hops in hops],
         seed=run.env.cfg.seed,
-        rank=run.env.world.rank,
-        world_size=run.env.world.size,
+        engine=run.env.world.engine_index,
+        engines=run.env.world.engines,
     )
 
 
@@ -218,7 +217,7 @@ def _evaluate(run: Run, step: int, questions: int) -> list[Result]:
     env = run.env
     examples = first_of_each_source(env.eval_examples, questions)
     log = AnswerLog(env.run_dir / "trajectories" / f"eval-{step:06d}.rank{env.world.rank}.jsonl")
-    progress = env.console.progress(f"evaluation after step {step}", len(examples[:: env.world.size]))
+    progress = env.console.progress(f"evaluation after step {step}", len(examples[:: env.world.engines]))
     with log, progress as advance:
         answered = evaluate(
             run.rollout,

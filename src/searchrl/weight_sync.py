@@ -88,10 +88,10 @@ class WeightSync:
 
     def probe(self, runner: asyncio.Runner) -> float:
         """Largest difference in nats over all ranks; raises ``SyncError`` above the bound. A collective."""
-        generations = runner.run(self._generate())
+        generations = self.engine.run(runner, self._generate())  # none on ranks that only follow
         samples = [
             _probe_sample(index, prompt, generation)
-            for index, (prompt, generation) in enumerate(zip(self.prompts, generations, strict=True))
+            for index, (prompt, generation) in enumerate(zip(self.prompts, generations, strict=False))
         ]
         batches = pack(samples, max_tokens=1024)
         worst = 0.0

@@ -25,17 +25,17 @@ def ids(drawn: list[tuple[int, Example]]) -> list[str]:
 @given(
     count=st.integers(1, 13),
     shares=st.lists(st.integers(1, 5), min_size=1, max_size=6),
-    world=st.integers(1, 4),
+    engines=st.integers(1, 4),
     seed=st.integers(0, 9),
 )
-def test_draws_do_not_depend_on_the_number_of_ranks_or_on_their_sizes(
-    count: int, shares: list[int], world: int, seed: int
+def test_draws_do_not_depend_on_the_number_of_engines_or_on_their_sizes(
+    count: int, shares: list[int], engines: int, seed: int
 ) -> None:
-    """Positions and examples of many draws, shared by ranks, are those of one draw by one rank."""
-    ranks = [Sampler(make(count), seed=seed, rank=rank, world_size=world) for rank in range(world)]
-    together = [drawn for share in shares for rank in ranks for drawn in rank.take(share * world)]
-    assert together == Sampler(make(count), seed=seed).take(sum(shares) * world)
-    assert [position for position, _ in together] == list(range(sum(shares) * world))
+    """Positions and examples of many draws, shared by engines, are those of one draw by one engine."""
+    samplers = [Sampler(make(count), seed=seed, engine=engine, engines=engines) for engine in range(engines)]
+    together = [drawn for share in shares for sampler in samplers for drawn in sampler.take(share * engines)]
+    assert together == Sampler(make(count), seed=seed).take(sum(shares) * engines)
+    assert [position for position, _ in together] == list(range(sum(shares) * engines))
 
 
 @given(count=st.integers(1, 13), batch=st.integers(1, 9), seed=st.integers(0, 9))
@@ -49,16 +49,16 @@ def test_every_epoch_holds_every_example_once(count: int, batch: int, seed: int)
     assert sampler.epoch == len(stream) / count
 
 
-@given(count=st.integers(1, 13), done=st.lists(st.integers(1, 9), max_size=5), world=st.integers(1, 3))
-def test_a_resumed_sampler_continues_exactly_whatever_its_rank_was(
-    count: int, done: list[int], world: int
+@given(count=st.integers(1, 13), done=st.lists(st.integers(1, 9), max_size=5), engines=st.integers(1, 3))
+def test_a_resumed_sampler_continues_exactly_whatever_its_engine_was(
+    count: int, done: list[int], engines: int
 ) -> None:
-    last = Sampler(make(count), seed=1, rank=world - 1, world_size=world)
+    last = Sampler(make(count), seed=1, engine=engines - 1, engines=engines)
     for share in done:
-        last.take(share * world)
-    resumed = Sampler(make(count), seed=1)  # in a world of another size
+        last.take(share * engines)
+    resumed = Sampler(make(count), seed=1)  # among other engines
     resumed.load_state_dict(last.state_dict())
-    first = sum(done) * world
+    first = sum(done) * engines
     assert resumed.take(7) == Sampler(make(count), seed=1).take(first + 7)[first:]
 
 
@@ -79,21 +79,21 @@ PINNED_1 = ["4", "5", "1", "2", "0", "3"]
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"rank": 2, "world_size": 2}, "rank 2 does not exist"),
-        ({"world_size": 0}, "rank 0 does not exist in a world of 0"),
+        ({"engine": 2, "engines": 2}, "engine 2 does not exist"),
+        ({"engines": 0}, "engine 0 does not exist among 0"),
         ({"seed": -1}, "seed -1 is negative"),
     ],
 )
 def test_impossible_settings_are_refused(kwargs: dict[str, int], message: str) -> None:
-    settings = {"seed": 0, "rank": 0, "world_size": 1} | kwargs
+    settings = {"seed": 0, "engine": 0, "engines": 1} | kwargs
     with pytest.raises(DataError, match=message):
         Sampler(make(3), **settings)
 
 
 @pytest.mark.parametrize("count", [0, -2, 3])
-def test_a_draw_that_ranks_cannot_share_is_refused_and_draws_nothing(count: int) -> None:
-    sampler = Sampler(make(3), seed=0, rank=1, world_size=2)
-    with pytest.raises(DataError, match=f"{count} examples cannot be shared evenly by 2 ranks"):
+def test_a_draw_that_engines_cannot_share_is_refused_and_draws_nothing(count: int) -> None:
+    sampler = Sampler(make(3), seed=0, engine=1, engines=2)
+    with pytest.raises(DataError, match=f"{count} examples cannot be shared evenly by 2 engines"):
         sampler.take(count)
     assert sampler.epoch == 0
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -132,6 +132,7 @@ class Script:
     """Says for each episode what its case says; the first of a question to ask is its first episode."""
 
     tokenizer: PreTrainedTokenizerFast
+    leads: bool = True
     policy_version: int = 0
     under_way: int = 0
     most: int = 0
@@ -160,8 +161,11 @@ class Script:
             ids, finish = ids[: request.max_tokens], Finish.LENGTH
         return Generation(token_ids=ids, logprobs=[0.0] * len(ids), finish=finish)
 
-    async def drain(self) -> None:
-        """Nothing goes on behind a script."""
+    def run(self, runner: asyncio.Runner, work: Coroutine[Any, Any, list[Group]]) -> list[Group]:
+        if self.leads:
+            return runner.run(work)
+        work.close()
+        return []
 
 
 async def search(call: ToolCall, example: Example) -> ToolResult:
@@ -173,6 +177,7 @@ async def search(call: ToolCall, example: Example) -> ToolResult:
     return ToolResult(documents=documents, seconds=0.0)
 
 
+ALONE = World(rank=0, size=1, local_rank=0, device="cpu")
 LIMITS = EpisodeConfig(prompt_template="{question}", max_searches=2, max_turn_tokens=100, top_k=2)
 
 
@@ -181,11 +186,12 @@ def played(
     *,
     samples: int,
     cases: Sequence[Case] = CASES,
+    world: World = ALONE,
     max_failed_fraction: float = 0.1,
     keep: Callable[[Group, Sequence[Result]], None] = lambda *_: None,
 ) -> dict[str, list[Result]]:
     protocol = Protocol(tokenizer, LIMITS)
-    script = Script(tokenizer)
+    script = Script(tokenizer, leads=world.leads_engine)
     rollout = Rollout(engine=cast(Engine, script), protocol=protocol, tool=search, limits=LIMITS, seed=0)
     with asyncio.Runner() as runner:
         answered = evaluate(
@@ -193,7 +199,7 @@ def played(
             runner,
             [(CASES.index(c), c.example) for c in cases],
             eos_text=protocol.eos_text,
-            world=World(rank=0, size=1, local_rank=0, device="cpu"),
+            world=world,
             max_num_seqs=1,
             max_failed_fraction=max_failed_fraction,
             samples=samples,
@@ -202,6 +208,13 @@ def played(
         )
     assert script.most <= 4  # in chunks of four episodes
     return answered
+
+
+def test_engines_share_the_questions_and_their_first_ranks_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Four ranks, two engines; each rank by itself, so that nothing is gathered."""
+    ranks = [World(rank=n, size=4, local_rank=n, device="cpu", engine_size=2) for n in range(4)]
+    answered = [list(played(tokenizer, samples=1, cases=CASES[:3], world=world)) for world in ranks]
+    assert answered == [["Which river?", "Which sea?"], [], ["Which year?"], []]
 
 
 def part(parts: Sequence[Part], name: str) -> Part:

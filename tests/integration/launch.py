@@ -30,6 +30,8 @@ class Checks:
 
     results: dict[str, Any]
     printed: str
+    ended: float
+    """``time.time()`` at the end."""
 
 
 def python(module: str, arguments: Sequence[object], *, ranks: int = 1) -> list[str]:
@@ -46,13 +48,19 @@ def environment() -> dict[str, str]:
     return {**inherited, "PYTHONPATH": f"{SOURCE}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
 
 
-def run_checks(script: str, out: Path, *arguments: object, ranks: int = 1, timeout_s: float = 300) -> Checks:
-    """Run ``scripts/<script>.py OUT ARGUMENTS…``, which writes its results to ``OUT/results.json``."""
+def run_checks(
+    script: str, out: Path, *arguments: object, ranks: int = 1, timeout_s: float = 300, fails: bool = False
+) -> Checks:
+    """Run ``scripts/<script>.py OUT ARGUMENTS…``, which writes its results to ``OUT/results.json``.
+
+    It must succeed or, if its last check is how a failure ends, fail.
+    """
     command = python(f"integration.scripts.{script}", [out, *arguments], ranks=ranks)
     finished = run(command, cwd=out, timeout_s=timeout_s)
-    assert finished.returncode == 0, finished.stdout
+    ended = time.time()
+    assert (finished.returncode != 0) == fails, finished.stdout
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    return Checks(results=results, printed=finished.stdout)
+    return Checks(results=results, printed=finished.stdout, ended=ended)
 
 
 def run(command: Sequence[str], *, cwd: Path, timeout_s: float) -> subprocess.CompletedProcess[str]:

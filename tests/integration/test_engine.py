@@ -17,6 +17,12 @@ def checks(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Checks
     return run_checks("engine_checks", tmp_path_factory.mktemp("engine"), tiny_model)
 
 
+@pytest.fixture(scope="module")
+def held_by_two(tp_checks: Checks) -> dict[str, Any]:
+    """What an engine did that two ranks hold."""
+    return tp_checks.results
+
+
 def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     """The same tokens; log-probabilities up to the rounding that another batch size brings."""
     assert [one["token_ids"] for one in found] == [one["token_ids"] for one in expected]
@@ -103,6 +109,51 @@ def test_a_failure_of_the_engine_reaches_everybody_and_leaves_nothing_behind(che
 @pytest.mark.parametrize("temperature", ["0.7", "1.0"])
 def test_logprobs_are_those_of_the_trainer_at_the_same_temperature(checks: Checks, temperature: str) -> None:
     assert checks.results["trainer"][temperature] <= 1e-3
+
+
+@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+def test_an_engine_of_two_ranks_gives_what_one_of_one_rank_gives(
+    checks: Checks, held_by_two: dict[str, Any], kind: str
+) -> None:
+    first, second = held_by_two[kind]
+    assert held_by_two["leaders"] == [True, False]
+    assert_same(first, checks.results["concurrency"][kind]["alone"])
+    assert second == []
+
+
+def test_an_engine_of_two_ranks_is_at_rest_on_both_after_an_early_end(held_by_two: dict[str, Any]) -> None:
+    first, second = held_by_two["early end"]
+    assert first["at rest"]
+    assert second["at rest"]
+    assert 2 in first["ids"]
+    assert len(first["ids"]) < 4
+    assert first["early"] == first["alone"]
+
+
+def test_an_engine_of_two_ranks_generates_only_where_both_take_part(held_by_two: dict[str, Any]) -> None:
+    for told_by_rank in held_by_two["outside"]:
+        assert told_by_rank.endswith("generate only in what Engine.run runs")
+
+
+def test_an_episode_that_fails_ends_both_ranks_and_leaves_the_engine_whole(
+    held_by_two: dict[str, Any],
+) -> None:
+    first, second = held_by_two["bad episode"]
+    assert "LookupError('no such page')" in first["outcome"]
+    assert "the rank that leads this engine failed" in second["outcome"]
+    assert "LookupError('no such page')" in second["outcome"]
+    assert max(first["seconds"], second["seconds"]) < 10
+    assert_same(held_by_two["afterwards"][0], held_by_two["greedy"][0])
+
+
+def test_ranks_that_sample_differently_are_found_out(held_by_two: dict[str, Any]) -> None:
+    for rank in held_by_two["other seeds"]:
+        assert "the ranks of an engine sampled different tokens" in rank["outcome"]
+
+
+def test_a_rank_that_breaks_inside_a_step_ends_the_others(tp_checks: Checks) -> None:
+    assert "RuntimeError: out of paper" in tp_checks.printed
+    assert tp_checks.ended - tp_checks.results["failing at"] < 30
 
 
 def test_nothing_is_printed(checks: Checks) -> None:

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.integration
 
 SETTINGS = ("+experiment=smoke", "eval.questions=4", "retrieval.timeout_s=5")
 SERVER = "searchrl.retrieval.server"
-EVERYTHING = (  # besides custom functions, a rank of adapters and all that one step can hold
+EVERYTHING = (  # besides custom functions: adapters, an engine over both ranks, all that one step can hold
     "steps=2",
     "model.lora.rank=4",
     "optimizer.lr=1e-3",
@@ -38,6 +38,7 @@ EVERYTHING = (  # besides custom functions, a rank of adapters and all that one 
     "importance={normalize: true, rejection: {level: geometric}}",
     "filters.overlong=true",
     "resampling={max_rounds: 2, oversample: 1.5}",
+    "engine.tensor_parallel=2",
 )
 PROMISED = (  # PROTOCOL §5
     "search_r1/turns_per_sample",
@@ -225,7 +226,9 @@ def later(bench: Bench, finished: Ended) -> Iterator[dict[str, Future[Any]]]:
         "two ranks": lambda: bench.run("two", "steps=2", "saving={every: 0}", "processes=2"),
         "custom": lambda: bench.run("custom", *custom_overrides()[2:], *EVERYTHING, ranks=2),
         "doctor": lambda: bench.run("doctor", mode="doctor"),
-        "eval": lambda: bench.run("judged", f"checkpoint={model}", mode="eval"),
+        "eval": lambda: bench.run(
+            "judged", f"checkpoint={model}", "engine.tensor_parallel=2", mode="eval", ranks=2
+        ),
         "none": lambda: bench.run(
             "none", "steps=1", "retrieval=none", f"model.path={model}", "warmstart.demonstrations=0"
         ),
@@ -442,7 +445,7 @@ def test_the_doctor_finds_nothing_in_the_way_of_these_runs(later: dict[str, Futu
     assert summary.endswith(" 0 failed")
 
 
-def test_custom_functions_adapters_and_dynamic_sampling_train(
+def test_custom_functions_adapters_dynamic_sampling_and_an_engine_over_two_ranks_train(
     bench: Bench, later: dict[str, Future[Ended]]
 ) -> None:
     ended = later["custom"].result()
@@ -455,20 +458,31 @@ def test_custom_functions_adapters_and_dynamic_sampling_train(
         assert step["rollout/groups_sampled"] >= 6  # 1.5 x 4
         assert step["reward/mean"] < step["reward/exact_match"], "searches cost"
         assert step["sync/probe_max_abs_diff"] < 1e-3
+        assert [name for name in PROMISED if name not in step] == []
     trained = [step for step in steps if "loss/total" in step]
     assert trained
     assert {"loss/llds", "loss/ref_kl", "loss/entropy", "tis/kept_fraction"} <= trained[-1].keys()
     assert (bench.at("custom") / "model" / "adapter" / "adapter_model.safetensors").exists()
     assert not (bench.at("custom") / "model" / "adapter" / "model.safetensors").exists()
+    played = [bench.trajectories("custom", f"step-000001.rank{rank}.jsonl") for rank in (0, 1)]
+    assert [len(records) > 0 for records in played] == [True, False]  # the engine's first rank plays
 
 
-def test_eval_gives_the_result_of_the_end_of_training(bench: Bench, later: dict[str, Future[Ended]]) -> None:
+def test_eval_over_two_ranks_gives_the_trajectories_of_the_end_of_training_on_one(
+    bench: Bench, later: dict[str, Future[Ended]]
+) -> None:
     ended = later["eval"].result()
     assert ended.code == 0, ended.printed
     at_the_end = json.loads((bench.at("finished") / "eval" / "step-000004.json").read_text())
     lines = (bench.at("judged") / "eval" / "results.rank0.jsonl").read_text().splitlines()
     judged = {row["id"]: row["results"] for row in map(json.loads, lines)}
     assert judged == {result["id"]: [result] for result in at_the_end}
+    ours, theirs = (
+        {record["question_id"]: streams(record) for record in bench.trajectories(name, file)}
+        for name, file in (("judged", "eval.rank0.jsonl"), ("finished", "eval-000004.rank0.jsonl"))
+    )
+    assert ours == theirs
+    assert any(query for turns in ours.values() for _, query in turns), "nobody searched"
 
 
 def test_training_without_retrieval_finds_nothing(bench: Bench, later: dict[str, Future[Ended]]) -> None:

@@ -89,5 +89,15 @@ def test_a_skipped_head_is_noticed(untied: Checks) -> None:
     assert reported(untied.results["skipped head"]["broken"]) > 5 * BOUND
 
 
+def test_two_ranks_that_hold_an_engine_get_and_prove_the_same_weights(tp_checks: Checks) -> None:
+    sync = tp_checks.results["sync"]
+    assert sync["start"]["sync/probe_max_abs_diff"] <= BOUND
+    assert reported(sync["before the sync"]) > 100 * BOUND
+    assert sync["after the sync"]["sync/probe_max_abs_diff"] <= BOUND
+    for fault in ("corrupted tensor", "stale head"):
+        assert reported(sync[fault]["broken"]) > 5 * BOUND
+        assert sync[fault]["repaired"]["sync/probe_max_abs_diff"] <= BOUND
+
+
 def test_nothing_is_printed(checks: Checks) -> None:
     assert checks.printed == ""

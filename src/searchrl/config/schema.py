@@ -100,8 +100,11 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EngineConfig:
-    """The vLLM engine of each rank."""
+    """The vLLM engine of each rank, or of each group of ``tensor_parallel`` ranks."""
 
+    tensor_parallel: int = 1
+    """Neighbouring ranks of a node that hold one engine together, each a part of the weights and the cache:
+    for models that leave too little room on one device (docs/operations)."""
     max_num_seqs: int = 256
     """Sequences that generate together."""
     kv_cache_gib: float = 1.0

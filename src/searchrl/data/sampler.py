@@ -1,4 +1,4 @@
-"""Draw questions for all ranks together, the same for any number of them, and resume exactly."""
+"""Draw questions for all engines together, the same for any number of them, and resume exactly."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from searchrl.trajectory import Example
 
 
 class Sampler:
-    """An endless stream of examples; each draw is shared by the ranks, of which each takes its slice.
+    """An endless stream of examples; each draw is shared by the engines, of which each takes its slice.
 
     Epoch ``e`` is one permutation of all examples, drawn from ``(seed, e)``; the stream is epoch 0, epoch 1
     and so on without a gap, so a draw may span two epochs and no example is dropped. Worked example with
-    5 examples, two ranks, and draws of 4 and 2::
+    5 examples, two engines, and draws of 4 and 2::
 
         position    0 1 2 3 4   5 6 7 8 9
         stream      d a e c b | b e a d c | …
-        take(4)     d a e c        rank 0 takes d a, rank 1 takes e c
-        take(2)             b   b  rank 0 takes b, rank 1 takes b
+        take(4)     d a e c        engine 0 takes d a, engine 1 takes e c
+        take(2)             b   b  engine 0 takes b, engine 1 takes b
     """
 
-    def __init__(self, examples: Sequence[Example], *, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, examples: Sequence[Example], *, seed: int, engine: int = 0, engines: int = 1) -> None:
         """Start at the beginning of the stream.
 
-        Raises ``DataError`` for no examples, a rank that does not exist, or a negative seed.
+        Raises ``DataError`` for no examples, an engine that does not exist, or a negative seed.
         """
         if not examples:
             raise DataError("the sampler got no examples; check the data file and its filters")
         if seed < 0:
             raise DataError(f"seed {seed} is negative; choose one from 0 up")
-        if not 0 <= rank < world_size:
-            raise DataError(f"rank {rank} does not exist in a world of {world_size}")
+        if not 0 <= engine < engines:
+            raise DataError(f"engine {engine} does not exist among {engines}")
         self._examples = list(examples)
         self._seed = seed
-        self._rank = rank
-        self.world_size = world_size
-        """How many ranks share each draw."""
+        self._engine = engine
+        self.engines = engines
+        """How many share each draw."""
         self._cursor = 0
         self._fingerprint = fingerprint(self._examples)
         self._epoch = -1
@@ -51,23 +51,23 @@ class Sampler:
         return self._cursor / len(self._examples)
 
     def take(self, count: int) -> list[tuple[int, Example]]:
-        """This rank's share of the next ``count`` examples of the stream, each with its position there.
+        """This engine's share of the next ``count`` examples of the stream, each with its position there.
 
         A position is drawn once in a run, however often it is resumed: it serves as the group's id.
 
-        Raises ``DataError`` if the ranks cannot share ``count`` evenly.
+        Raises ``DataError`` if the engines cannot share ``count`` evenly.
         """
-        if count < 1 or count % self.world_size:
+        if count < 1 or count % self.engines:
             raise DataError(
-                f"{count} examples cannot be shared evenly by {self.world_size} ranks; make it a multiple"
+                f"{count} examples cannot be shared evenly by {self.engines} engines; make it a multiple"
             )
-        share = count // self.world_size
-        first = self._cursor + self._rank * share
+        share = count // self.engines
+        first = self._cursor + self._engine * share
         self._cursor += count
         return [(position, self._at(position)) for position in range(first, first + share)]
 
     def state_dict(self) -> dict[str, int | str]:
-        """All that ``load_state_dict`` needs; the same on every rank, and valid for another world size."""
+        """All that ``load_state_dict`` needs; the same on every rank, and valid for any number of engines."""
         return {"cursor": self._cursor, "seed": self._seed, "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: Mapping[str, int | str]) -> None:

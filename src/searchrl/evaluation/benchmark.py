@@ -70,7 +70,7 @@ def _answer(
             env.run_dir / "eval" / f"results.rank{world.rank}.jsonl",
             append=True,
         )
-        total = len(pending[:: world.size]) * cfg.eval.samples
+        total = len(pending[:: world.engines]) * cfg.eval.samples
         with log, env.console.progress("answers", total) as advance:
             answered = evaluate(
                 run.rollout,

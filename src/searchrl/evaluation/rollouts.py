@@ -1,4 +1,4 @@
-"""Held-out questions answered by the ranks together, in bounded chunks, each scored as it finishes."""
+"""Held-out questions answered by the engines together, in bounded chunks, each scored as it finishes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENGINE_FILLS = 4
 
 
 def chunk_questions(max_num_seqs: int, samples: int) -> int:
-    """Questions that a rank plays together; bounds memory and what ``episode.deadline_s`` has to cover."""
+    """Questions that an engine plays together; bounds memory and what ``episode.deadline_s`` has to cover."""
     return max(1, ENGINE_FILLS * max_num_seqs // samples)
 
 
@@ -39,7 +39,7 @@ def evaluate(
     keep: Callable[[Group, Sequence[Result]], None] = lambda *_: None,
     on_finish: Callable[[Trajectory], None] = lambda _: None,
 ) -> dict[str, list[Result]]:
-    """Answer every question; the ranks share the work. A collective.
+    """Answer every question; the engines share the work. A collective.
 
     Args:
         rollout: engine, protocol and tool.
@@ -61,7 +61,7 @@ def evaluate(
     Raises:
         TooManyFailures: too many searches failed.
     """
-    mine = questions[world.rank :: world.size]
+    mine = questions[world.engine_index :: world.engines]
     chunk = chunk_questions(max_num_seqs, samples)
     play = partial(rollout.groups, group_size=samples, sampling=sampling)
     results: dict[str, list[Result]] = {}
@@ -72,9 +72,10 @@ def evaluate(
         keep(group, scored)
         return False  # there is never enough: every question is answered
 
-    # The first rank's share is the longest: as many rounds, and so as many checks, on every rank.
-    for start in range(0, len(questions[:: world.size]), chunk):
-        runner.run(play(mine[start : start + chunk], on_finish=on_finish, is_enough=finish))
+    # The first engine's share is the longest: as many rounds, and so as many checks, on every rank.
+    for start in range(0, len(questions[:: world.engines]), chunk):
+        episodes = play(mine[start : start + chunk], on_finish=on_finish, is_enough=finish)
+        rollout.engine.run(runner, episodes)
         answers = (result for scored in results.values() for result in scored)
         check_failures(
             [str(result.error) for result in answers if result.outcome.is_void],

@@ -9,16 +9,19 @@ from searchrl.validation.retrieval import retrieval_problems
 from searchrl.validation.reward import reward_problems
 
 
-def validate(cfg: Config, *, world_size: int = 1, training: bool = True) -> None:
+def validate(
+    cfg: Config, *, world_size: int = 1, local_world_size: int | None = None, training: bool = True
+) -> None:
     """Raise ``ConfigError`` listing every problem, each with the value and the remedy.
 
     Args:
         cfg: converted by ``OmegaConf.to_object``.
         world_size: ranks of the run.
+        local_world_size: ranks of this node; None: all.
         training: False for an evaluation, which needs no training questions and may ask an oracle.
     """
     problems = [
-        *general_problems(cfg, world_size, training),
+        *general_problems(cfg, world_size, local_world_size or world_size, training),
         *algorithm_problems(cfg),
         *reward_problems(cfg),
         *retrieval_problems(cfg.retrieval, training),

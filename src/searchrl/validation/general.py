@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from searchrl.config import Config, DType, RewardKind, WatchConfig
+from searchrl.model_shape import ModelShape, find_shape
 from searchrl.watch import rules
 
 
-def general_problems(cfg: Config, world_size: int, training: bool) -> Iterator[str]:
+def general_problems(cfg: Config, world_size: int, local_world_size: int, training: bool) -> Iterator[str]:
     """Every problem of what is neither the algorithm's nor retrieval's, a sentence each."""
     yield from _required(cfg, training)
     yield from _positive(cfg)
     yield from _ranges(cfg)
+    yield from _engines(cfg, world_size, local_world_size)
     if training:
         yield from _groups(cfg, world_size)
     yield from _sizes(cfg)
@@ -43,6 +45,7 @@ def _positive(cfg: Config) -> Iterator[str]:
     at_least_one = {
         "steps": cfg.steps,
         "groups_per_step": cfg.groups_per_step,
+        "engine.tensor_parallel": cfg.engine.tensor_parallel,
         "engine.max_num_seqs": cfg.engine.max_num_seqs,
         "engine.block_size": cfg.engine.block_size,
         "engine.max_num_batched_tokens": cfg.engine.max_num_batched_tokens,
@@ -132,13 +135,41 @@ def _ranges(cfg: Config) -> Iterator[str]:
         yield f"retrieval.max_failed_fraction={cfg.retrieval.max_failed_fraction:g} must lie between 0 and 1"
 
 
+def _engines(cfg: Config, world_size: int, local_world_size: int) -> Iterator[str]:
+    size = cfg.engine.tensor_parallel
+    if size <= 1:
+        return
+    for ranks, where in ((world_size, "run"), (local_world_size, "node")):
+        if ranks % size:
+            yield (
+                f"engine.tensor_parallel={size} does not divide the number of ranks of the {where}, {ranks}; "
+                f"start a multiple of {size} on every node, or lower it"
+            )
+            break
+    model = cfg.checkpoint or cfg.model.path
+    shape = find_shape(model)
+    if shape is not None:
+        possible = [n for n in range(1, shape.heads + 1) if _shares_heads(shape, n)]
+        if size not in possible:
+            yield (
+                f"engine.tensor_parallel={size} cannot share the {shape.heads} attention heads and "
+                f"{shape.kv_heads} key-value heads of {model}; choose among {', '.join(map(str, possible))}"
+            )
+
+
+def _shares_heads(shape: ModelShape, size: int) -> bool:
+    """True if every rank can have as many heads; several may have copies of one key-value head."""
+    return shape.heads % size == 0 and (shape.kv_heads % size == 0 or size % shape.kv_heads == 0)
+
+
 def _groups(cfg: Config, world_size: int) -> Iterator[str]:
     if cfg.group_size < 2:
         yield f"group_size={cfg.group_size} leaves nothing to compare within a group; use at least 2"
-    if cfg.groups_per_step % world_size:
+    engines = max(1, world_size // max(1, cfg.engine.tensor_parallel))
+    if cfg.groups_per_step % engines:
         yield (
-            f"groups_per_step={cfg.groups_per_step} cannot be shared evenly by {world_size} ranks; "
-            f"use a multiple of {world_size}"
+            f"groups_per_step={cfg.groups_per_step} cannot be shared evenly by {engines} engines; "
+            f"use a multiple of {engines}"
         )
 
 

@@ -74,9 +74,6 @@ class Guesser:
         ids = self.tokenizer.encode(f"<answer>{'yes' if right else 'no'}</answer>", add_special_tokens=False)
         return Generation(token_ids=ids, logprobs=[-0.5] * len(ids), finish=Finish.STOP)
 
-    async def drain(self) -> None:
-        """Nothing goes on behind a guess."""
-
 
 def stream(kinds: str, *, seed: int = 0) -> list[Example]:
     """Examples that a sampler with this seed draws in the order of ``kinds``."""
@@ -146,7 +143,7 @@ def main(out: Path, model: Path) -> None:
     player = Player(Guesser(PreTrainedTokenizerFast.from_pretrained(model)))
     results = {}
     for name, case in CASES.items():
-        sampler = Sampler(stream(case.kinds), seed=0, rank=world.rank, world_size=world.size)
+        sampler = Sampler(stream(case.kinds), seed=0, engine=world.engine_index, engines=world.engines)
         steps = [collected(case, player, sampler) for _ in range(2)]
         mine = [[rewards(step.chosen), rewards(step.left_out), step.metrics] for step in steps]
         results[name] = gather_objects({"steps": mine, "sampler": sampler.state_dict()})

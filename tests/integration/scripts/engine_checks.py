@@ -184,18 +184,18 @@ def early_end(engine: Engine, model: Path, runner: asyncio.Runner) -> Results:
     ]
     sampling = SamplingConfig()
     early = rollout.groups(questions, group_size=3, sampling=sampling, is_enough=lambda group: group.id == 2)
-    groups = runner.run(bounded(early))
+    groups = engine.run(runner, early)
     try:
         engine.reset_prefix_cache()  # refused while a request runs; the loop stands still
         at_rest = True
     except EngineError:
         at_rest = False
-    again = runner.run(bounded(rollout.groups(questions[2:3], group_size=3, sampling=sampling)))
+    again = engine.run(runner, rollout.groups(questions[2:3], group_size=3, sampling=sampling))
     return {
         "ids": [group.id for group in groups],
         "at rest": at_rest,
         "early": [t.token_ids for group in groups if group.id == 2 for t in group.trajectories],
-        "alone": [t.token_ids for t in again[0].trajectories],
+        "alone": [t.token_ids for group in again for t in group.trajectories],
     }
 
 

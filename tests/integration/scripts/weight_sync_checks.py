@@ -18,7 +18,7 @@ from integration.scripts.common import probe_prompts, random_samples, write_resu
 from searchrl.actor import Actor, TokenOutputs, init_communication
 from searchrl.batching import count_loss_tokens, pack
 from searchrl.config import DType, EngineConfig, ModelConfig, OptimizerConfig, SyncConfig
-from searchrl.distributed import init_world
+from searchrl.distributed import World, init_world
 from searchrl.engine import Engine
 from searchrl.weight_sync import SyncError, Weights, WeightSync
 
@@ -65,6 +65,7 @@ def one_nan(tensor: Tensor) -> Tensor:
 class Bench:
     """Actor, engine and what joins them."""
 
+    world: World
     actor: Actor
     engine: Engine
     sync: WeightSync
@@ -100,11 +101,13 @@ class Bench:
         return {"broken": broken, "repaired": self.outcome()}
 
 
-def build(model: Path, zero_stage: int) -> Bench:
+def build(
+    model: Path, zero_stage: int, *, device: str = "cpu", dtype: DType = DType.float32, engine_size: int = 1
+) -> Bench:
     """The real parts."""
-    world = init_world("cpu")
+    world = init_world(device, engine_size=engine_size)
     init_communication(world)
-    model_config = ModelConfig(path=str(model), dtype=DType.float32)
+    model_config = ModelConfig(path=str(model), dtype=dtype)
     temperature = 0.7
     actor = Actor(
         model,
@@ -120,7 +123,7 @@ def build(model: Path, zero_stage: int) -> Bench:
     engine = Engine(
         model,
         EngineConfig(max_num_seqs=8, kv_cache_gib=0.0625),
-        dtype=DType.float32,
+        dtype=dtype,
         max_context_tokens=512,
         seed=0,
         world=world,
@@ -128,11 +131,11 @@ def build(model: Path, zero_stage: int) -> Bench:
     sync = WeightSync(
         actor=actor,
         engine=engine,
-        config=SyncConfig(probe_max_abs_diff=1e-3),
+        config=SyncConfig(probe_max_abs_diff=1e-3 if dtype is DType.float32 else 0.1),
         temperature=temperature,
         prompts=probe_prompts([40, 70, 100]),
     )
-    return Bench(actor=actor, engine=engine, sync=sync, runner=asyncio.Runner())
+    return Bench(world=world, actor=actor, engine=engine, sync=sync, runner=asyncio.Runner())
 
 
 def main(out: Path, model: Path, zero_stage: int) -> None:

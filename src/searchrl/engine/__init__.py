@@ -1,7 +1,9 @@
-"""The sampling engine: one in-process vLLM engine per rank. The only module that touches vLLM.
+"""The sampling engine: vLLM in this process, one per rank or group of ranks. The only module that touches it.
 
 Episodes are coroutines that await ``generate``. One driver task steps the engine in a worker thread, so
 that searches are answered while others generate; requests are added and aborted only between steps.
+
+An engine that several ranks hold together is led by the first of them: ``team``.
 """
 
 from __future__ import annotations
@@ -9,56 +11,32 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from searchrl.config import DType, EngineConfig
 from searchrl.distributed import World, seed_everything
-from searchrl.errors import SearchrlError
-from searchrl.protocol import STOP_STRINGS
-from searchrl.trajectory import Finish
+from searchrl.engine.requests import (
+    EngineError,
+    Generation,
+    GenerationRequest,
+    sampling_params,
+    to_generation,
+)
+from searchrl.engine.team import Orders, Team
 
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["Engine", "EngineError", "Generation", "GenerationRequest"]
 
-class EngineError(SearchrlError, RuntimeError):
-    """The engine cannot do what was asked; the message says why."""
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class GenerationRequest:
-    """One generation."""
-
-    prompt_ids: list[int]
-    """[P] the whole stream so far."""
-    max_tokens: int
-    temperature: float
-    """0: greedy."""
-    top_p: float
-    top_k: int
-    seed: int
-    stop: tuple[str, ...] = STOP_STRINGS
-    """Strings that end the generation; they stay in the ids."""
-    ignore_eos: bool = False
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Generation:
-    """What the engine sampled."""
-
-    token_ids: list[int]
-    """[S] verbatim, the stop token included."""
-    logprobs: list[float]
-    """[S] under the distribution really sampled from."""
-    finish: Finish
+T = TypeVar("T")
 
 
 class Engine:
-    """A vLLM engine on this rank's device, tensor-parallel size 1."""
+    """This rank's vLLM engine, or its part of one."""
 
     def __init__(
         self,
@@ -78,16 +56,19 @@ class Engine:
             dtype: number format of weights and activations.
             max_context_tokens: longest stream.
             seed: global seed to restore.
-            world: this rank.
+            world: this rank, and how many hold an engine together.
         """
         from vllm import LLM
 
+        self._team = Team(world)
+        if world.device == "cpu":
+            _name_shared_memory()
         local_world_size = os.environ.get("LOCAL_WORLD_SIZE")
         self._llm = LLM(
             model=str(model),
             dtype=str(dtype),
             distributed_executor_backend="external_launcher",
-            tensor_parallel_size=1,
+            tensor_parallel_size=world.engine_size,
             enforce_eager=config.enforce_eager or world.device == "cpu",
             max_model_len=max_context_tokens,
             max_num_seqs=config.max_num_seqs,
@@ -112,15 +93,55 @@ class Engine:
         self._cancelled: list[str] = []
         self._futures: dict[str, asyncio.Future[Generation]] = {}
         self._driver: asyncio.Task[None] | None = None
+        self._is_running = False
+        self._has_failed = False
         self.policy_version = 0
         """Version of the weights, stamped on every turn."""
+
+    def run(self, runner: asyncio.Runner, work: Coroutine[Any, Any, list[T]]) -> list[T]:
+        """Run what awaits ``generate`` to its end; the engine is at rest afterwards. A collective.
+
+        The first of the ranks that hold the engine runs ``work`` and returns what it returns. The others
+        drop theirs, follow with their parts of the engine, and return nothing.
+
+        Raises:
+            EngineError: the engine failed; or, on the ranks that follow, ``work`` failed on the first.
+        """
+        self._has_failed, self._team.finished = False, []
+        if self._team.leads:
+            return runner.run(self._lead(work))
+        work.close()
+        while not (orders := self._team.agree(None)).is_last:
+            self._step(orders)
+        if orders.error is not None:
+            raise EngineError(f"the rank that leads this engine failed: {orders.error}")
+        return []
+
+    async def _lead(self, work: Coroutine[Any, Any, list[T]]) -> list[T]:
+        error: BaseException | None = None
+        self._is_running = True
+        try:
+            return await work
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            await self._drain()
+            self._is_running = False
+            # Where the engine itself failed, followers may be stuck inside a step and would never answer;
+            # they end with this process, or by the same error.
+            if not self._has_failed:
+                self._team.agree(Orders(is_last=True, error=None if error is None else repr(error)))
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Sample one continuation. Any number may be awaited at the same time.
 
         Raises:
-            EngineError: the engine refuses this request, or it failed; then all who wait get the error.
+            EngineError: the engine refuses this request, or it failed; then all who wait get the error. Or
+                it is called outside of ``run`` where several ranks must take part.
         """
+        if not (self._is_running or self._team.is_alone):
+            raise EngineError("several ranks hold this engine: generate only in what Engine.run runs")
         request_id = str(next(self._ids))
         future: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
         self._futures[request_id] = future
@@ -134,7 +155,7 @@ class Engine:
                 self._cancelled.append(request_id)
             raise
 
-    async def drain(self) -> None:
+    async def _drain(self) -> None:
         """Wait until the engine is at rest: it drops cancelled requests only at its next step."""
         while self._driver is not None and not self._driver.done():
             await asyncio.wait([self._driver])
@@ -146,7 +167,8 @@ class Engine:
             while self._futures or self._cancelled:
                 inbox, self._inbox = self._inbox, []
                 cancelled, self._cancelled = self._cancelled, []
-                outputs = await loop.run_in_executor(self._thread, self._step, inbox, cancelled)
+                orders = Orders(add=inbox, abort=cancelled)
+                outputs = await loop.run_in_executor(self._thread, self._lead_step, orders)
                 for request_id, outcome in outputs:
                     future = self._futures.pop(request_id, None)
                     if future is None or future.done():
@@ -156,6 +178,7 @@ class Engine:
                     else:
                         future.set_exception(outcome)
         except BaseException as error:
+            self._has_failed = True
             waiting, self._futures, self._inbox = self._futures, {}, []
             self._cancelled += waiting  # the engine drops what it still holds of them before its next step
             for future in waiting.values():
@@ -164,23 +187,28 @@ class Engine:
             if not waiting or not isinstance(error, Exception):  # else everybody concerned knows
                 raise
 
-    def _step(
-        self, inbox: Sequence[tuple[str, GenerationRequest]], cancelled: Sequence[str]
-    ) -> list[tuple[str, Generation | EngineError]]:
-        if cancelled:
-            self._engine.abort_request(list(cancelled))
-        gone = set(cancelled)
+    def _lead_step(self, orders: Orders) -> list[tuple[str, Generation | EngineError]]:
+        return self._step(self._team.agree(orders))
+
+    def _step(self, orders: Orders) -> list[tuple[str, Generation | EngineError]]:
+        """Abort, add, and one step of the engine: the same on all its ranks."""
+        if orders.abort:
+            self._engine.abort_request(list(orders.abort))
         outcomes: list[tuple[str, Generation | EngineError]] = []
-        for request_id, request in inbox:
-            if request_id not in gone:
+        for request_id, request in orders.add:
+            if request_id not in orders.abort:
                 prompt = {"prompt_token_ids": request.prompt_ids}
                 try:
-                    self._engine.add_request(request_id, prompt, _sampling_params(request))
+                    self._engine.add_request(request_id, prompt, sampling_params(request))
                 except Exception as error:  # refused, which concerns nobody else
                     outcomes.append((request_id, EngineError(f"the engine refuses the request: {error}")))
         if self._engine.has_unfinished_requests():
             finished = [output for output in self._engine.step() if output.finished]
-            outcomes += [(output.request_id, _generation(output.outputs[0])) for output in finished]
+            outcomes += [(output.request_id, to_generation(output.outputs[0])) for output in finished]
+        self._team.finished = [
+            (request_id, outcome.token_ids if isinstance(outcome, Generation) else [])
+            for request_id, outcome in outcomes
+        ]
         return outcomes
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int) -> None:
@@ -207,43 +235,24 @@ class Engine:
         self._engine.engine_core.shutdown()
 
 
+def _name_shared_memory() -> None:
+    """Let the CPU ranks of an engine meet in shared memory that has a name of this run's own.
+
+    vLLM names it by the ranks alone: two runs on a machine would meet there, and what a killed run left
+    behind would keep the next from starting.
+    """
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    def name(communicator: Any) -> str:
+        ranks = "-".join(map(str, communicator.ranks))
+        return f"searchrl-{os.environ['MASTER_PORT']}-{communicator.unique_name}-{ranks}"
+
+    cpu_communicator._CPUSHMDistributed.make_group_name = staticmethod(name)
+
+
 def _refresh_tied_head(model: Any) -> None:
     """Repack a tied head: the CPU build's prepacked copy goes stale when the embedding is reloaded."""
     head = getattr(model, "lm_head", None)
     embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
     if head is not None and embedding is not None and head.weight is embedding.weight:
         head.quant_method.process_weights_after_loading(head)
-
-
-def _sampling_params(request: GenerationRequest) -> Any:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=request.top_k,
-        max_tokens=request.max_tokens,
-        seed=request.seed,
-        stop=list(request.stop),
-        include_stop_str_in_output=True,
-        ignore_eos=request.ignore_eos,
-        detokenize=bool(request.stop),
-        logprobs=0,
-        flat_logprobs=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-
-
-def _generation(output: Any) -> Generation:
-    if output.finish_reason == "length":
-        finish = Finish.LENGTH
-    elif output.finish_reason == "stop":
-        finish = Finish.STOP if isinstance(output.stop_reason, str) else Finish.EOS
-    else:
-        raise EngineError(f"a generation ended with finish_reason={output.finish_reason!r}")
-    logprobs = [float(value) for value in output.logprobs.logprobs]
-    token_ids = [int(i) for i in output.token_ids]
-    if len(logprobs) != len(token_ids):
-        raise EngineError(f"{len(token_ids)} tokens came with {len(logprobs)} log-probabilities")
-    return Generation(token_ids=token_ids, logprobs=logprobs, finish=finish)
