@@ -7,7 +7,10 @@ import random
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
@@ -77,14 +80,26 @@ def reduce_values(values: Sequence[float], op: str) -> list[float]:
     return [float(value) for value in tensor.tolist()]
 
 
-def gather_objects(value: T) -> list[T]:
-    """Every rank's picklable value, in rank order, on every rank."""
+def side_group() -> ProcessGroup | None:
+    """All ranks once more, over gloo, for the collectives of a second thread; None in a single process.
+
+    Ranks must agree on the order of collectives within a group, which two threads cannot. A collective.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo")
+
+
+def gather_objects(value: T, group: ProcessGroup | None = None) -> list[T]:
+    """Every rank's picklable value, in rank order, on every rank; ``group``: of ``side_group``."""
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[T | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values  # type: ignore[return-value]  # all slots are filled by the collective
 
 

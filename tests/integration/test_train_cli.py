@@ -29,6 +29,7 @@ SETTINGS = ("+experiment=smoke", "eval.questions=4", "retrieval.timeout_s=5")
 SERVER = "searchrl.retrieval.server"
 EVERYTHING = (  # besides custom functions, a rank of adapters and all that one step can hold
     "steps=2",
+    "overlap=true",
     "model.lora.rank=4",
     "optimizer.lr=1e-3",
     "update={epochs: 2, minibatches: 2}",
@@ -37,6 +38,7 @@ EVERYTHING = (  # besides custom functions, a rank of adapters and all that one 
     "filters.overlong=true",
     "resampling={max_rounds: 2, oversample: 1.5}",
 )
+AHEAD = ("overlap=true", "saving={every: 2, keep: 5}", "eval.before=false")
 PROMISED = (  # PROTOCOL §5
     "search_r1/turns_per_sample",
     "search_r1/search_calls_per_sample",
@@ -44,6 +46,7 @@ PROMISED = (  # PROTOCOL §5
     "reward/format",
     "loss_mask/observation_fraction",
     "retrieval/recall_at_k",
+    "rollout/policy_lag",
     "retrieval/latency_p50",
     "retrieval/latency_p99",
     "retrieval/failed",
@@ -130,7 +133,7 @@ def finished(bench: Bench) -> Ended:
 
 def killed_trainer(bench: Bench) -> Ended:
     """Killed in the third step, after the checkpoint of the second."""
-    command = bench.command("killed", "steps=50", "saving={every: 2, keep: 5}")
+    command = bench.command("killed", "steps=50", *AHEAD)
     with started(command, cwd=bench.folder, timeout_s=300) as process:
         printed = read_until(process, "step 3/50")
         server = child(process.pid, SERVER)
@@ -142,7 +145,7 @@ def resumed(bench: Bench) -> Ended:
     """The killed run, continued to its fourth step."""
     killed = killed_trainer(bench)
     shutil.copytree(bench.at("killed"), bench.at("resumed"))
-    ended = bench.run("resumed", "steps=4", "saving={every: 2, keep: 5}", "resume=true")
+    ended = bench.run("resumed", "steps=4", *AHEAD, "resume=true")
     return Ended(ended.code, ended.printed, server_gone=killed.server_gone)
 
 
@@ -168,11 +171,11 @@ def continued(bench: Bench) -> Ended:
 
 def watched(bench: Bench) -> tuple[Ended, Ended]:
     """Stopped by a rule whose bound no update can keep; then continued by one step."""
-    watch = "watch={action: stop, window: 1, min_ess_ratio: 1}"
-    stopped = bench.run("watched", "steps=50", "eval.before=false", watch)
+    settings = ("overlap=true", "eval.before=false", "watch={action: stop, window: 1, min_ess_ratio: 1}")
+    stopped = bench.run("watched", "steps=50", *settings)
     last = bench.records("watched")[-1]["step"]
     more = ("resume=true", "watch.action=warn", f"steps={last + 1}", "eval.questions=1")
-    return stopped, bench.run("watched", "eval.before=false", watch, *more)
+    return stopped, bench.run("watched", *settings, *more)
 
 
 def other_index(bench: Bench) -> Ended:
@@ -214,6 +217,7 @@ def later(bench: Bench, finished: Ended) -> Iterator[dict[str, Future[Any]]]:
     assert finished.code == 0
     model = bench.at("finished") / "model"
     jobs: dict[str, Callable[[], Any]] = {
+        "ahead": lambda: bench.run("ahead", "steps=4", *AHEAD),
         "resumed": lambda: resumed(bench),
         "continued": lambda: continued(bench),
         "survived": lambda: signalled(bench, "survived", "step 1/4", signal.SIGKILL, "steps=4"),
@@ -336,14 +340,35 @@ def test_no_search_server_outlives_a_trainer_killed_by_kill_9(later: dict[str, F
     assert later["resumed"].result().server_gone
 
 
+def test_rollouts_run_ahead_of_training_but_not_across_a_checkpoint(
+    bench: Bench, later: dict[str, Future[Ended]]
+) -> None:
+    ended = later["ahead"].result()
+    assert ended.code == 0, ended.printed
+    assert "Warning" not in ended.printed
+    steps = bench.steps("ahead")
+    assert [record["rollout/policy_lag"] for record in steps] == [0, 1, 0, 1]
+    same(steps[:1], bench.steps("finished")[:1], tolerance=0.0)
+    updated = [record for record in steps if "tis/ess_ratio" in record]
+    assert {record["rollout/policy_lag"] for record in updated} == {0, 1}
+    for record in updated:  # what one update changes is far more than what engine and trainer disagree on
+        assert (record["tis/abs_logprob_diff_max"] > 1e-2) == (record["rollout/policy_lag"] == 1)
+    for step in (1, 2, 3, 4):
+        for record in bench.trajectories("ahead", f"step-{step:06d}.rank0.jsonl"):
+            lag = steps[step - 1]["rollout/policy_lag"]
+            assert {turn["policy_version"] for turn in record["turns"]} == {step - 1 - lag}
+
+
 def test_a_killed_run_resumes_exactly(bench: Bench, later: dict[str, Future[Ended]]) -> None:
+    """With ``overlap``, which has more that can go wrong: the kill comes while a rollout runs ahead."""
+    assert later["ahead"].result().code == 0
     ended = later["resumed"].result()
     assert ended.code == 0, ended.printed
     assert "resume: continuing after step 2" in ended.printed
     assert [record["step"] for record in bench.steps("killed")] == [1, 2, 3]
     assert [record["step"] for record in bench.steps("resumed")] == [1, 2, 3, 4]
-    same(bench.steps("resumed"), bench.steps("finished"), tolerance=0.0)
-    weights = [bench.at(name) / "model" / "model.safetensors" for name in ("resumed", "finished")]
+    same(bench.steps("resumed"), bench.steps("ahead"), tolerance=0.0)
+    weights = [bench.at(name) / "model" / "model.safetensors" for name in ("resumed", "ahead")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
@@ -413,6 +438,14 @@ def test_a_watch_stops_the_run_after_a_checkpoint_from_which_it_goes_on(
     assert continued.code == 0, continued.printed
     assert f"resume: continuing after step {alarm['step']}" in continued.printed
     assert last["step"] == alarm["step"] + 1
+    assert last["rollout/policy_lag"] == 0
+    # The rollout that ran ahead when the run was stopped is played again, not left out.
+    numbers = {
+        int(record["id"].partition("/")[0])
+        for step in range(1, last["step"] + 1)
+        for record in bench.trajectories("watched", f"step-{step:06d}.rank0.jsonl")
+    }
+    assert numbers == set(range(4 * last["step"]))
     assert last["watch/mismatch"] == 1.0
     assert "watch: mismatch" not in continued.printed  # it has been said
 
@@ -435,7 +468,7 @@ def test_custom_functions_adapters_and_dynamic_sampling_train(
     assert ended.code == 0, ended.printed
     assert "Warning" not in ended.printed
     steps = bench.steps("custom")
-    assert len(steps) == 2
+    assert [step["rollout/policy_lag"] for step in steps] == [0, 1]
     assert any(step["update/optimizer_steps"] == 4 for step in steps)
     for step in steps:
         assert step["rollout/groups_sampled"] >= 6  # 1.5 x 4
