@@ -4,8 +4,9 @@
     python benchmarks/overlap/steps.py --out SCRATCH --means 1 --rounds 1 --steps 4 --experiment quickstart
 
 For every mean latency (``latency_server.py``: lognormal) both sides train in turn, ``--rounds`` times each,
-from the experiment's warm-started model. A side's figure is the mean over its steps but the first, which has
-nothing to run beside; the ratio is the median over rounds. Further arguments are overrides for both sides.
+from the experiment's warm-started model. A side's figure is the mean over its steps but the first and the
+last, where rollout and update cannot overlap; the ratio is the median over rounds. Further arguments are
+overrides for both sides.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ def serving(mean_s: float) -> Iterator[str]:
 
 
 def train(run_dir: Path, *overrides: str) -> dict[str, float]:
-    """Means over the steps of a run after its first."""
+    """Means over the steps of a run but its first and last."""
     searchrl("train", f"run_dir={run_dir}", *overrides)
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [record for record in map(json.loads, lines) if "time/step" in record][1:]
+    steps = [record for record in map(json.loads, lines) if "time/step" in record][1:-1]
     return {
         name: fmean(record[name] for record in steps if name in record)
         for name in COLUMNS.values()

@@ -89,7 +89,8 @@ def side_group() -> ProcessGroup | None:
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    return dist.new_group(backend="gloo")
+    group: ProcessGroup = dist.new_group(backend="gloo")
+    return group
 
 
 def gather_objects(value: T, group: ProcessGroup | None = None) -> list[T]:

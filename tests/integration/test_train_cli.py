@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -349,10 +350,13 @@ def test_rollouts_run_ahead_of_training_but_not_across_a_checkpoint(
     steps = bench.steps("ahead")
     assert [record["rollout/policy_lag"] for record in steps] == [0, 1, 0, 1]
     same(steps[:1], bench.steps("finished")[:1], tolerance=0.0)
-    updated = [record for record in steps if "tis/ess_ratio" in record]
-    assert {record["rollout/policy_lag"] for record in updated} == {0, 1}
-    for record in updated:  # what one update changes is far more than what engine and trainer disagree on
-        assert (record["tis/abs_logprob_diff_max"] > 1e-2) == (record["rollout/policy_lag"] == 1)
+    older = []
+    for before, record in pairwise([{}, *steps]):
+        if "tis/ess_ratio" in record:
+            older.append(record["rollout/policy_lag"] == 1 and "update/grad_norm" in before)
+            # What one update changes is far more than what engine and trainer disagree on.
+            assert (record["tis/abs_logprob_diff_max"] > 1e-2) == older[-1]
+    assert any(older)
     for step in (1, 2, 3, 4):
         for record in bench.trajectories("ahead", f"step-{step:06d}.rank0.jsonl"):
             lag = steps[step - 1]["rollout/policy_lag"]
@@ -360,7 +364,7 @@ def test_rollouts_run_ahead_of_training_but_not_across_a_checkpoint(
 
 
 def test_a_killed_run_resumes_exactly(bench: Bench, later: dict[str, Future[Ended]]) -> None:
-    """With ``overlap``, which has more that can go wrong: the kill comes while a rollout runs ahead."""
+    """With ``overlap``, which has more that can go wrong."""
     assert later["ahead"].result().code == 0
     ended = later["resumed"].result()
     assert ended.code == 0, ended.printed
