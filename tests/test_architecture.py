@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("policy", "model_shape", "judge"),
     ("engine", "actor", "tools", "records", "scoring", "validation", "plan", "failures"),
     ("rollout", "weight_sync", "checkpoint", "objective", "samples"),
-    ("evaluation", "warmstart", "sources", "update", "collect"),
+    ("evaluation", "warmstart", "sources", "update", "collect", "overlap"),
     ("setup",),
     ("trainer", "evaluation.benchmark", "doctor"),
     ("cli", "report"),

@@ -219,6 +219,8 @@ def test_two_ranks_agree(tiny_model: Path, tmp_path: Path, player: Player) -> No
     for name, case in CASES.items():
         ranks = results[name]
         assert ranks[0]["sampler"] == ranks[1]["sampler"]
+        assert ranks[0]["agreed"]
+        assert ranks[1]["agreed"]
         for number, (chosen, left_out, numbers) in enumerate(BY_HAND[name]):
             (mine, mine_left, metrics), (other, other_left, other_metrics) = (
                 rank["steps"][number] for rank in ranks

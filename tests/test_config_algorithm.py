@@ -72,6 +72,26 @@ REFUSED = [
         "π_roll is 1; add importance=off, or use update.old_policy=recompute",
     ),
     (
+        ["overlap=true", "importance=off"],
+        "overlap=true trains on samples of an older policy, whose tokens importance.enabled=false, "
+        "importance.mode=truncate and loss.kind=clip do not weigh by π / π_roll; choose importance=tis, or "
+        "update.old_policy=rollout with a loss that has a ratio, or overlap=false",
+    ),
+    (
+        ["overlap=true", "importance=geometric_rs"],
+        "overlap=true trains on samples of an older policy, whose tokens importance.enabled=true, "
+        "importance.mode=none and loss.kind=clip do not weigh",
+    ),
+    (
+        ["overlap=true", "importance=off", "update.old_policy=rollout", "loss=reinforce"],
+        "overlap=true trains on samples of an older policy, whose tokens importance.enabled=false, "
+        "importance.mode=truncate and loss.kind=reinforce do not weigh",
+    ),
+    (
+        ["overlap=true", "device=cuda", "processes=2", "engine.tensor_parallel=2"],
+        "overlap=true with engine.tensor_parallel=2: on every GPU two threads would wait",
+    ),
+    (
         ["importance.hi=0.9"],
         "importance.hi=0.9 must be at least 1, the ratio where engine and trainer agree",
     ),
@@ -204,6 +224,9 @@ def test_each_bad_value_has_its_message(overrides: list[str], message: str) -> N
         ["advantage=dr_grpo", "loss.constant_length=512"],
         ["advantage=reinforce_pp"],
         ["importance=off", "update.old_policy=rollout"],
+        ["overlap=true"],
+        ["overlap=true", "importance=mis", "loss=reinforce"],
+        ["overlap=true", "importance=off", "update.old_policy=rollout", "loss=gspo"],
         ["importance.level=geometric", "importance.mode=clip", "importance.normalize=true"],
         ["importance.lo=0", "importance.mode=mask"],
         ["loss.kind=custom", "loss.import_path=math:sqrt"],

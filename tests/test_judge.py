@@ -9,6 +9,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -359,7 +360,7 @@ def group_of(id_: int, question: str, *answers: str) -> Group:
     return Group(id=id_, example=example, trajectories=members)
 
 
-def test_all_groups_of_a_step_are_judged_at_once(endpoint: Endpoint) -> None:
+def test_all_groups_of_a_step_are_judged_at_once(endpoint: Endpoint, tmp_path: Path) -> None:
     def answer(prompt: str) -> Answer:
         given = says("perhaps" if ">Faro<" in prompt else "yes" if ">Lissabon<" in prompt else "no")
         given.seconds = 0.2
@@ -373,8 +374,9 @@ def test_all_groups_of_a_step_are_judged_at_once(endpoint: Endpoint) -> None:
         group_of(0, "Where?", "Lisbon", "Lissabon", "Porto", "Faro"),
         group_of(1, "Where to?", "Lissabon", "Lissabon", "the Lisbon"),
     ]
-    with asyncio.Runner() as runner, open_scorer(reward, "", runner) as score:
-        first, second = score(groups)
+    reward.judge.cache = str(tmp_path / "verdicts.sqlite")
+    with asyncio.Runner() as runner, open_scorer(reward, "", runner) as score, ThreadPoolExecutor(1) as pool:
+        first, second = pool.submit(score, groups).result()  # in the thread of the rollout
     assert endpoint.peak == len(endpoint.requests) == 4
     assert [None if r is None else r.total for r in first.rewards] == [1.0, 1.0, 0.0, None]
     assert [None if r is None else r.total for r in second.rewards] == [1.0, 1.0, 1.0]

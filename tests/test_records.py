@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from searchrl.config import RewardConfig, RewardKind
-from searchrl.records import rollout_tally, write_trajectories
+from searchrl.records import policy_lag, rollout_tally, write_trajectories
 from searchrl.rewards import ScoredGroup, score_group
 from searchrl.trajectory import (
     Document,
@@ -156,6 +156,15 @@ RESPONSES = (3 + 13 + 4) + 2 + (1 + 6 + 5 + 7 + 2) + (2 + 20 + 3)
 )
 def test_metrics_by_hand(name: str, value: float) -> None:
     assert rollout_tally(groups()).reduce()[name] == pytest.approx(value)
+
+
+def test_the_policy_lag_is_over_all_sampled_tokens_void_ones_included() -> None:
+    scored = groups()
+    for trajectory in scored[1].group.trajectories:
+        for turn in trajectory.turns:
+            turn.policy_version = 6
+    assert policy_lag(scored, version=7) == (3 * (7 + 2 + 8) + 1 * (100 + 5), 7 + 2 + 8 + 100 + 5)
+    assert policy_lag([], version=7) == (0, 0)
 
 
 @pytest.mark.parametrize("outcome", Outcome)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from searchrl.algorithm.advantages import has_signal
 from searchrl.config import ResamplingConfig
@@ -16,6 +17,9 @@ from searchrl.data.sampler import Sampler
 from searchrl.distributed import gather_objects
 from searchrl.rewards import ScoredGroup
 from searchrl.trajectory import Example, Group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Play = Callable[[Sequence[tuple[int, Example]], Callable[[Group], bool]], list[Group]]
 """Plays the groups of (id, example) until all are complete or one for which the function returns True is.
@@ -48,6 +52,7 @@ def collect(
     *,
     groups_per_step: int,
     resampling: ResamplingConfig,
+    group: ProcessGroup | None = None,
 ) -> Collected:
     """Draw, play and score this engine's share of every round. A collective.
 
@@ -60,6 +65,7 @@ def collect(
         score: rewards of groups; sees each once, all of a round together unless it is over-sampled.
         groups_per_step: groups that a step trains on, over all ranks.
         resampling: how many rounds, and how many groups are started for one that is needed.
+        group: the ranks' process group, if this is not the thread that uses the default one.
     """
     is_dynamic = resampling.max_rounds > 1
     mine: list[ScoredGroup] = []
@@ -74,7 +80,7 @@ def collect(
             scored = quota.scored
         else:  # nothing to stop: scores can wait for the end of the episodes
             scored = score(play(sampler.take(count), lambda _: False))
-        for part in gather_objects({item.group.id: _has_signal(item) for item in scored}):
+        for part in gather_objects({item.group.id: _has_signal(item) for item in scored}, group):
             signals |= part
         mine += scored
         rounds += 1

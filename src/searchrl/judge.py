@@ -169,14 +169,14 @@ def _inert(text: str) -> str:
 
 
 class _Cache:
-    """Verdicts by model and prompt, in one file for all ranks and runs."""
+    """Verdicts by model and prompt, in one file for all ranks and runs. For one thread at a time."""
 
     def __init__(self, path: Path, model: str) -> None:
         self._path = path
         self._model = model
         with self._translated():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S)
+            self._connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
             self._connection.execute(
                 "CREATE TABLE IF NOT EXISTS verdicts (model TEXT, prompt TEXT, correct INTEGER NOT NULL, "
                 "PRIMARY KEY (model, prompt)) WITHOUT ROWID"

@@ -34,6 +34,13 @@ def rollout_tally(scored: Sequence[ScoredGroup]) -> Tally:
     return tally
 
 
+def policy_lag(scored: Sequence[ScoredGroup], version: int) -> tuple[float, float]:
+    """How many updates older than ``version`` a token's policy was: the sum over tokens, and their number."""
+    turns = [turn for item in scored for one in item.group.trajectories for turn in one.turns]
+    lag = sum((version - turn.policy_version) * len(turn.token_ids) for turn in turns)
+    return float(lag), float(sum(len(turn.token_ids) for turn in turns))
+
+
 def _add_trajectory(
     tally: Tally, trajectory: Trajectory, reward: Reward, golden_answers: Sequence[str]
 ) -> None:

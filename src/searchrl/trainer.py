@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from searchrl.actor import Actor, Reference, ReferencePolicy
 from searchrl.checkpoint import Checkpoints
@@ -13,7 +15,7 @@ from searchrl.collect import Collected, collect
 from searchrl.config import Config, Device, KlPlacement
 from searchrl.data.readers import first_of_each_source
 from searchrl.data.sampler import Sampler
-from searchrl.distributed import broadcast_object, gather_objects, reduce_values
+from searchrl.distributed import broadcast_object, gather_objects, reduce_values, side_group
 from searchrl.environment import matmul_gflops
 from searchrl.evaluation.comparison import (
     COMPARISON_COLUMNS,
@@ -26,8 +28,9 @@ from searchrl.evaluation.results import AnswerLog, Result, load_results, save_re
 from searchrl.evaluation.rollouts import evaluate
 from searchrl.failures import check_failures
 from searchrl.metrics import Clock, MetricLog, Tally, read_records
-from searchrl.records import rollout_tally, write_trajectories
-from searchrl.retrieval.meter import merge_stats
+from searchrl.overlap import Rollouts
+from searchrl.records import policy_lag, rollout_tally, write_trajectories
+from searchrl.retrieval.meter import RetrievalStats, merge_stats
 from searchrl.rewards import ScoredGroup
 from searchrl.samples import to_samples, unscored_samples
 from searchrl.setup import Run, make_actor, open_run
@@ -35,6 +38,9 @@ from searchrl.trajectory import Example, Group, Sample
 from searchrl.update import apply_update, prepare_update, reward_penalties
 from searchrl.watch import CollapseError, Watch
 from searchrl.weight_sync import WeightSync
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def train(cfg: Config, resolved: dict[str, Any]) -> Path:
@@ -44,14 +50,13 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
         cfg: a validated configuration.
         resolved: the same as plain containers, for the logs.
     """
-    with open_run(cfg) as run:
+    with open_run(cfg) as run, _rollouts(run) as rollouts:
         env = run.env
         actor = make_actor(run)
         reference = _reference(run, actor)
-        sampler = _sampler(run)
         checkpoints = Checkpoints(folder=env.run_dir / "checkpoints", keep=cfg.saving.keep, world=env.world)
         sync = _weight_sync(run, actor)
-        start = _resume(run, actor, sampler, checkpoints) if cfg.resume else 0
+        start = _resume(run, actor, rollouts.sampler, checkpoints) if cfg.resume else 0
         # Main's numbers on every rank: a watch that stops the run must stop it everywhere.
         watch = Watch(cfg.watch, broadcast_object(read_records(env.run_dir, start)))
         log = MetricLog(env.run_dir, cfg.logger, resolved, resumed_step=start) if env.world.is_main else None
@@ -64,15 +69,18 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
                 raise _stopped(watch, checkpoints.path(step))
             clock = Clock()
             with clock("rollout"):
-                collected = _rollout(run, sampler, step)
+                played = _take(run, rollouts, step)
+            rollouts.start_early(step + 1)
             with clock("logprob"):
-                samples, penalized = _samples(run, actor, reference, collected.chosen)
+                samples, penalized = _samples(run, actor, reference, played.collected.chosen)
                 update = prepare_update(actor, reference, samples, cfg=cfg, world=env.world)
             with clock("update"):
                 updated = apply_update(update, actor, epochs=cfg.update.epochs, step=step)
+            with clock("rollout"):
+                rollouts.wait()
             with clock("sync"):
                 synced = sync(env.runner, version=step + 1)
-            metrics = _step_metrics(run, collected, samples) | penalized | updated | synced.metrics()
+            metrics = _step_metrics(played, samples, step) | penalized | updated | synced.metrics()
             metrics |= clock.metrics() | _machine_metrics(cfg)
             alarms = watch.observe(broadcast_object(metrics))
             metrics |= watch.metrics()
@@ -83,10 +91,10 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
             env.console.step(step + 1, cfg.steps, metrics)
             for alarm in alarms:
                 env.console.say(f"watch: {alarm}")
-            if watch.must_stop() or (cfg.saving.every and (step + 1) % cfg.saving.every == 0):
-                checkpoints.save(actor, step=step + 1, sampler=sampler.state_dict())
+            if watch.must_stop() or cfg.saving.is_due(step + 1):
+                checkpoints.save(actor, step=step + 1, sampler=rollouts.sampler_state())
 
-        checkpoints.save(actor, step=max(start, cfg.steps), sampler=sampler.state_dict())
+        checkpoints.save(actor, step=max(start, cfg.steps), sampler=rollouts.sampler_state())
         final = env.run_dir / "model"
         actor.export(final, env.tokenizer)
         after = _evaluate(run, cfg.steps, cfg.eval.questions)
@@ -97,9 +105,31 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
         return final
 
 
-def _rollout(run: Run, sampler: Sampler, step: int) -> Collected:
-    """This rank's groups of the step, scored."""
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Played:
+    """One step's rollout on this rank."""
+
+    collected: Collected
+    searches: RetrievalStats
+    seconds: float
+    """From its beginning to its end, whatever else went on."""
+
+
+def _rollouts(run: Run) -> Rollouts[Played]:
+    """What plays the rollouts of the run's steps."""
+    sampler, group = _sampler(run), side_group(run.env.world.size)
+    return Rollouts(
+        lambda step: _rollout(run, sampler, step, group),
+        cfg=run.env.cfg,
+        sampler=sampler,
+        runner=run.env.runner,
+    )
+
+
+def _rollout(run: Run, sampler: Sampler, step: int, group: ProcessGroup | None) -> Played:
+    """This rank's groups of the step, scored. Runs in a thread of its own."""
     cfg, world, env = run.env.cfg, run.env.world, run.env
+    begin = time.perf_counter()
     env.searches.take()  # those of evaluations and of the warm start are not this step's
     share = cfg.groups_per_step // world.engines
     with env.console.progress(f"step {step + 1} episodes", share * cfg.group_size) as advance:
@@ -115,17 +145,29 @@ def _rollout(run: Run, sampler: Sampler, step: int) -> Collected:
             return run.engine.run(env.runner, episodes)
 
         collected = collect(
-            sampler, play, env.score, groups_per_step=cfg.groups_per_step, resampling=cfg.resampling
+            sampler,
+            play,
+            env.score,
+            groups_per_step=cfg.groups_per_step,
+            resampling=cfg.resampling,
+            group=group,
         )
-    name = f"step-{step + 1:06d}.rank{world.rank}.jsonl"
-    write_trajectories(env.run_dir / "trajectories" / name, collected.scored)
-    members = [(item, index) for item in collected.scored for index in range(len(item.rewards))]
+    return Played(collected=collected, searches=env.searches.take(), seconds=time.perf_counter() - begin)
+
+
+def _take(run: Run, rollouts: Rollouts[Played], step: int) -> Played:
+    """The step's rollout, written down, unless too much of it is void."""
+    played = rollouts.take(step)
+    scored = played.collected.scored
+    name = f"step-{step + 1:06d}.rank{run.env.world.rank}.jsonl"
+    write_trajectories(run.env.run_dir / "trajectories" / name, scored)
+    members = [(item, index) for item in scored for index in range(len(item.rewards))]
     check_failures(
         [str(item.error(index)) for item, index in members if item.rewards[index] is None],
         len(members),
-        max_failed_fraction=cfg.retrieval.max_failed_fraction,
+        max_failed_fraction=run.env.cfg.retrieval.max_failed_fraction,
     )
-    return collected
+    return played
 
 
 def _samples(
@@ -145,12 +187,15 @@ def _samples(
     return samples, tally.reduce()
 
 
-def _step_metrics(run: Run, collected: Collected, samples: Sequence[Sample]) -> dict[str, float]:
-    metrics = rollout_tally(collected.scored).reduce() | collected.metrics
+def _step_metrics(played: Played, samples: Sequence[Sample], step: int) -> dict[str, float]:
+    collected = played.collected
+    tally = rollout_tally(collected.scored)
+    tally.add("rollout/policy_lag", *policy_lag(collected.scored, version=step))
+    metrics = tally.reduce() | collected.metrics | {"time/rollout_span": played.seconds}
     metrics["update/trained_tokens"] = reduce_values(
         [sum(len(sample.trajectory.token_ids) for sample in samples)], "sum"
     )[0]
-    return metrics | merge_stats(gather_objects(run.env.searches.take())).metrics()
+    return metrics | merge_stats(gather_objects(played.searches)).metrics()
 
 
 def _stopped(watch: Watch, checkpoint: Path) -> CollapseError:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ SETTINGS = ("+experiment=smoke", "eval.questions=4", "retrieval.timeout_s=5")
 SERVER = "searchrl.retrieval.server"
 EVERYTHING = (  # besides custom functions: adapters, an engine over both ranks, all that one step can hold
     "steps=2",
+    "overlap=true",
     "model.lora.rank=4",
     "optimizer.lr=1e-3",
     "update={epochs: 2, minibatches: 2}",
@@ -40,6 +42,7 @@ EVERYTHING = (  # besides custom functions: adapters, an engine over both ranks,
     "resampling={max_rounds: 2, oversample: 1.5}",
     "engine.tensor_parallel=2",
 )
+AHEAD = ("overlap=true", "saving={every: 2, keep: 5}", "eval.before=false")
 PROMISED = (  # PROTOCOL §5
     "search_r1/turns_per_sample",
     "search_r1/search_calls_per_sample",
@@ -47,6 +50,7 @@ PROMISED = (  # PROTOCOL §5
     "reward/format",
     "loss_mask/observation_fraction",
     "retrieval/recall_at_k",
+    "rollout/policy_lag",
     "retrieval/latency_p50",
     "retrieval/latency_p99",
     "retrieval/failed",
@@ -133,7 +137,7 @@ def finished(bench: Bench) -> Ended:
 
 def killed_trainer(bench: Bench) -> Ended:
     """Killed in the third step, after the checkpoint of the second."""
-    command = bench.command("killed", "steps=50", "saving={every: 2, keep: 5}")
+    command = bench.command("killed", "steps=50", *AHEAD)
     with started(command, cwd=bench.folder, timeout_s=300) as process:
         printed = read_until(process, "step 3/50")
         server = child(process.pid, SERVER)
@@ -145,7 +149,7 @@ def resumed(bench: Bench) -> Ended:
     """The killed run, continued to its fourth step."""
     killed = killed_trainer(bench)
     shutil.copytree(bench.at("killed"), bench.at("resumed"))
-    ended = bench.run("resumed", "steps=4", "saving={every: 2, keep: 5}", "resume=true")
+    ended = bench.run("resumed", "steps=4", *AHEAD, "resume=true")
     return Ended(ended.code, ended.printed, server_gone=killed.server_gone)
 
 
@@ -171,11 +175,11 @@ def continued(bench: Bench) -> Ended:
 
 def watched(bench: Bench) -> tuple[Ended, Ended]:
     """Stopped by a rule whose bound no update can keep; then continued by one step."""
-    watch = "watch={action: stop, window: 1, min_ess_ratio: 1}"
-    stopped = bench.run("watched", "steps=50", "eval.before=false", watch)
+    settings = ("overlap=true", "eval.before=false", "watch={action: stop, window: 1, min_ess_ratio: 1}")
+    stopped = bench.run("watched", "steps=50", *settings)
     last = bench.records("watched")[-1]["step"]
     more = ("resume=true", "watch.action=warn", f"steps={last + 1}", "eval.questions=1")
-    return stopped, bench.run("watched", "eval.before=false", watch, *more)
+    return stopped, bench.run("watched", *settings, *more)
 
 
 def other_index(bench: Bench) -> Ended:
@@ -217,6 +221,7 @@ def later(bench: Bench, finished: Ended) -> Iterator[dict[str, Future[Any]]]:
     assert finished.code == 0
     model = bench.at("finished") / "model"
     jobs: dict[str, Callable[[], Any]] = {
+        "ahead": lambda: bench.run("ahead", "steps=4", *AHEAD),
         "resumed": lambda: resumed(bench),
         "continued": lambda: continued(bench),
         "survived": lambda: signalled(bench, "survived", "step 1/4", signal.SIGKILL, "steps=4"),
@@ -342,14 +347,38 @@ def test_no_search_server_outlives_a_trainer_killed_by_kill_9(later: dict[str, F
     assert later["resumed"].result().server_gone
 
 
+def test_rollouts_run_ahead_of_training_but_not_across_a_checkpoint(
+    bench: Bench, later: dict[str, Future[Ended]]
+) -> None:
+    ended = later["ahead"].result()
+    assert ended.code == 0, ended.printed
+    assert "Warning" not in ended.printed
+    steps = bench.steps("ahead")
+    assert [record["rollout/policy_lag"] for record in steps] == [0, 1, 0, 1]
+    same(steps[:1], bench.steps("finished")[:1], tolerance=0.0)
+    older = []
+    for before, record in pairwise([{}, *steps]):
+        if "tis/ess_ratio" in record:
+            older.append(record["rollout/policy_lag"] == 1 and "update/grad_norm" in before)
+            # What one update changes is far more than what engine and trainer disagree on.
+            assert (record["tis/abs_logprob_diff_max"] > 1e-2) == older[-1]
+    assert any(older)
+    for step in (1, 2, 3, 4):
+        for record in bench.trajectories("ahead", f"step-{step:06d}.rank0.jsonl"):
+            lag = steps[step - 1]["rollout/policy_lag"]
+            assert {turn["policy_version"] for turn in record["turns"]} == {step - 1 - lag}
+
+
 def test_a_killed_run_resumes_exactly(bench: Bench, later: dict[str, Future[Ended]]) -> None:
+    """With ``overlap``, which has more that can go wrong."""
+    assert later["ahead"].result().code == 0
     ended = later["resumed"].result()
     assert ended.code == 0, ended.printed
     assert "resume: continuing after step 2" in ended.printed
     assert [record["step"] for record in bench.steps("killed")] == [1, 2, 3]
     assert [record["step"] for record in bench.steps("resumed")] == [1, 2, 3, 4]
-    same(bench.steps("resumed"), bench.steps("finished"), tolerance=0.0)
-    weights = [bench.at(name) / "model" / "model.safetensors" for name in ("resumed", "finished")]
+    same(bench.steps("resumed"), bench.steps("ahead"), tolerance=0.0)
+    weights = [bench.at(name) / "model" / "model.safetensors" for name in ("resumed", "ahead")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
@@ -419,6 +448,14 @@ def test_a_watch_stops_the_run_after_a_checkpoint_from_which_it_goes_on(
     assert continued.code == 0, continued.printed
     assert f"resume: continuing after step {alarm['step']}" in continued.printed
     assert last["step"] == alarm["step"] + 1
+    assert last["rollout/policy_lag"] == 0
+    # The rollout that ran ahead when the run was stopped is played again, not left out.
+    numbers = {
+        int(record["id"].partition("/")[0])
+        for step in range(1, last["step"] + 1)
+        for record in bench.trajectories("watched", f"step-{step:06d}.rank0.jsonl")
+    }
+    assert numbers == set(range(4 * last["step"]))
     assert last["watch/mismatch"] == 1.0
     assert "watch: mismatch" not in continued.printed  # it has been said
 
@@ -452,7 +489,7 @@ def test_custom_functions_adapters_dynamic_sampling_and_an_engine_over_two_ranks
     assert ended.code == 0, ended.printed
     assert "Warning" not in ended.printed
     steps = bench.steps("custom")
-    assert len(steps) == 2
+    assert [step["rollout/policy_lag"] for step in steps] == [0, 1]
     assert any(step["update/optimizer_steps"] == 4 for step in steps)
     for step in steps:
         assert step["rollout/groups_sampled"] >= 6  # 1.5 x 4

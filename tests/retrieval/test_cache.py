@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -344,6 +345,16 @@ def test_a_recording_on_a_read_only_disk_is_replayed(path: Path) -> None:
         assert [file.name for file in path.parent.iterdir()] == [path.name] or os.geteuid() == 0
     finally:
         path.parent.chmod(0o755)
+
+
+def test_a_recording_is_replayed_in_another_thread(path: Path) -> None:
+    """Rollouts run in one of their own; the recording is opened and closed in the main thread."""
+    with DiskCache(path, SOURCE) as cache:
+        cache.put("q", 1, answer("q", 1))
+    replay = ReplayRetriever(path)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(asyncio.run, replay.search("q", 1)).result() == answer("q", 1)
+    asyncio.run(replay.aclose())
 
 
 def test_nothing_at_all_can_be_cached_too(cache: DiskCache) -> None:

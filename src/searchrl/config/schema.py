@@ -246,6 +246,10 @@ class SavingConfig:
     keep: int = 2
     """Newest checkpoints that are kept."""
 
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is saved after ``step`` steps because of ``every``."""
+        return self.every > 0 and step % self.every == 0
+
 
 @dataclass(kw_only=True, slots=True)
 class WarmstartConfig:
@@ -304,6 +308,9 @@ class Config:
     """Questions per step, over all ranks."""
     group_size: int = 8
     """Trajectories per question."""
+    overlap: bool = False
+    """Roll out the next step while this one is trained: its policy is one update older, which ``importance``
+    corrects. For rollouts that wait for slow searches (docs/operations.md)."""
     resume: bool = False
     """Continue from the newest checkpoint in the run directory; an evaluation: from what it has answered."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -82,7 +82,7 @@ class Recording:
 
     @classmethod
     def open_read_only(cls, path: Path) -> Self:
-        """Open a file that exists, of any source."""
+        """Open a file that exists, of any source, in any thread."""
         if not path.is_file():
             raise CacheError(f"there is no recording {path}; make one with retrieval.cache={path}")
         with _translated(path):
@@ -172,15 +172,21 @@ def _source(connection: sqlite3.Connection, path: Path) -> str:
 
 def _connect_read_only(path: Path) -> sqlite3.Connection:
     """Open without writing to the file; on a read-only disk, where WAL cannot lock, as unchanging."""
+
+    def connect(uri: str) -> sqlite3.Connection:
+        return sqlite3.connect(
+            uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+        )
+
     uri = f"file:{quote(str(path.absolute()))}?mode=ro"
-    connection = sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
+    connection = connect(uri)
     try:
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     except sqlite3.OperationalError:
         connection.close()
         if path.with_name(path.name + "-wal").exists():
             raise
-        connection = sqlite3.connect(f"{uri}&immutable=1", uri=True, isolation_level=None)
+        connection = connect(f"{uri}&immutable=1")
     return connection
 
 

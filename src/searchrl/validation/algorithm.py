@@ -32,6 +32,7 @@ def algorithm_problems(cfg: Config) -> Iterator[str]:
     yield from _custom(cfg)
     yield from _loss(cfg.loss, cfg.update)
     yield from _update(cfg)
+    yield from _overlap(cfg)
     yield from _importance(cfg.importance)
     yield from _resampling(cfg)
     yield from _model(cfg.model, cfg.device)
@@ -111,6 +112,24 @@ def _update(cfg: Config) -> Iterator[str]:
         yield (
             "update.old_policy=rollout takes the engine's policy as π_old, so every importance weight "
             "π_old / π_roll is 1; add importance=off, or use update.old_policy=recompute"
+        )
+
+
+def _overlap(cfg: Config) -> Iterator[str]:
+    """Samples of an older policy need π / π_roll in the loss: as a weight, or as the loss's own ratio."""
+    is_weighted = cfg.importance.enabled and cfg.importance.mode is not WeightMode.none
+    has_ratio = cfg.update.old_policy is OldPolicy.rollout and cfg.loss.kind is not LossKind.reinforce
+    if cfg.overlap and not (is_weighted or has_ratio):
+        yield (
+            "overlap=true trains on samples of an older policy, whose tokens importance.enabled="
+            f"{str(cfg.importance.enabled).lower()}, importance.mode={cfg.importance.mode} and loss.kind="
+            f"{cfg.loss.kind} do not weigh by π / π_roll; choose importance=tis, or "
+            "update.old_policy=rollout with a loss that has a ratio, or overlap=false"
+        )
+    if cfg.overlap and cfg.engine.tensor_parallel > 1 and cfg.device is Device.cuda:
+        yield (
+            f"overlap=true with engine.tensor_parallel={cfg.engine.tensor_parallel}: on every GPU two threads would "
+            "wait for other GPUs, each in an order of its own, which can block both for ever; choose one of them"
         )
 
 

@@ -1,4 +1,6 @@
-"""Collects two steps of every case on every rank: ``collect_checks OUT MODEL``. Unit tests use its parts.
+"""Collects two steps of every case on every rank, in a thread, beside collectives of the main thread.
+
+``collect_checks OUT MODEL``. Unit tests use its parts.
 
 The stand-in for the engine sits where vLLM begins; protocol, sampler, episodes and rewards are real.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -19,7 +22,7 @@ from integration.scripts.common import write_results
 from searchrl.collect import Collected, collect
 from searchrl.config import EpisodeConfig, ResamplingConfig, RewardConfig, RewardKind, SamplingConfig
 from searchrl.data import Sampler
-from searchrl.distributed import gather_objects, init_world
+from searchrl.distributed import gather_objects, init_world, side_group
 from searchrl.engine import Engine, Generation, GenerationRequest
 from searchrl.protocol import Protocol
 from searchrl.rewards import ScoredGroup, score_group
@@ -120,7 +123,9 @@ def exact(groups: Sequence[Group]) -> list[ScoredGroup]:
     return [score_group(group, RewardConfig(kind=RewardKind.em), "") for group in groups]
 
 
-def collected(case: Case, player: Player, sampler: Sampler) -> Collected:
+def collected(
+    case: Case, player: Player, sampler: Sampler, process_group: dist.ProcessGroup | None = None
+) -> Collected:
     """One step."""
     return collect(
         sampler,
@@ -128,6 +133,7 @@ def collected(case: Case, player: Player, sampler: Sampler) -> Collected:
         exact,
         groups_per_step=case.groups_per_step,
         resampling=ResamplingConfig(max_rounds=case.max_rounds, oversample=case.oversample),
+        group=process_group,
     )
 
 
@@ -138,15 +144,23 @@ def rewards(groups: Sequence[ScoredGroup]) -> dict[str, list[float]]:
 
 def main(out: Path, model: Path) -> None:
     """Run all cases."""
+
+    def play_on(sampler: Sampler, case: Case) -> list[Collected]:
+        return [collected(case, player, sampler, beside) for _ in range(2)]
+
     world = init_world("cpu")
     dist.init_process_group("gloo")
+    beside = side_group(world.size)
     player = Player(Guesser(PreTrainedTokenizerFast.from_pretrained(model)))
     results = {}
     for name, case in CASES.items():
         sampler = Sampler(stream(case.kinds), seed=0, engine=world.engine_index, engines=world.engines)
-        steps = [collected(case, player, sampler) for _ in range(2)]
+        with ThreadPoolExecutor(1) as pool:
+            playing = pool.submit(play_on, sampler, case)
+            agreed = all(gather_objects(n) == [n] * world.size for n in range(100))
+            steps = playing.result()
         mine = [[rewards(step.chosen), rewards(step.left_out), step.metrics] for step in steps]
-        results[name] = gather_objects({"steps": mine, "sampler": sampler.state_dict()})
+        results[name] = gather_objects({"steps": mine, "sampler": sampler.state_dict(), "agreed": agreed})
     player.runner.close()
     if world.is_main:
         write_results(out, results)
