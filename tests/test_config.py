@@ -544,7 +544,9 @@ def test_ranks_that_hold_an_engine(size: int, ranks: int, a_node: int, model: st
 
 
 def test_engines_share_questions_whatever_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert "groups_per_step=4 cannot be shared evenly by 8 engines" in problems("+experiment=smoke")
     load_config(["+experiment=smoke", "engine.tensor_parallel=2"])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")

@@ -89,7 +89,7 @@ REFUSED = [
     ),
     (
         ["overlap=true", "device=cuda", "processes=2", "engine.tensor_parallel=2"],
-        "overlap=true with engine.tensor_parallel=2: on every GPU two threads would wait",
+        "overlap=true with engine.tensor_parallel=2: on every GPU two threads would wait for other",
     ),
     (
         ["importance.hi=0.9"],

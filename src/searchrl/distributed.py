@@ -111,9 +111,9 @@ def reduce_values(values: Sequence[float], op: str) -> list[float]:
 def side_group(size: int) -> ProcessGroup | None:
     """A gloo group of ``size`` consecutive ranks, this one among them, beside the trainer's collectives.
 
-    Ranks must agree on the order of collectives within a group, which two threads cannot: an engine's messages
-    and rollouts in a thread of their own have one each. None for a group of one. A collective of all ranks,
-    whose number ``size`` divides.
+    Ranks must agree on the order of collectives within a group, which two threads cannot: an engine's
+    messages and rollouts in a thread of their own have one each. None for a group of one. A collective of all
+    ranks, whose number ``size`` divides.
     """
     import torch.distributed as dist
 

@@ -128,8 +128,9 @@ def _overlap(cfg: Config) -> Iterator[str]:
         )
     if cfg.overlap and cfg.engine.tensor_parallel > 1 and cfg.device is Device.cuda:
         yield (
-            f"overlap=true with engine.tensor_parallel={cfg.engine.tensor_parallel}: on every GPU two threads would "
-            "wait for other GPUs, each in an order of its own, which can block both for ever; choose one of them"
+            f"overlap=true with engine.tensor_parallel={cfg.engine.tensor_parallel}: on every GPU two "
+            "threads would wait for other GPUs, each in an order of its own, which can block both for ever; "
+            "choose one of them"
         )
 
 
