@@ -153,7 +153,7 @@ def test_ranks_that_sample_differently_are_found_out(held_by_two: dict[str, Any]
 
 def test_a_rank_that_breaks_inside_a_step_ends_the_others(tp_checks: Checks) -> None:
     assert "RuntimeError: out of paper" in tp_checks.printed
-    assert tp_checks.ended - tp_checks.results["failing at"] < 30
+    assert tp_checks.ended - tp_checks.results["failing at"] < 120  # seconds, where nothing else runs
 
 
 def test_nothing_is_printed(checks: Checks) -> None:
