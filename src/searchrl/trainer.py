@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from searchrl.actor import Actor, Reference, ReferencePolicy
+from searchrl.actor import Actor
 from searchrl.checkpoint import Checkpoints
 from searchrl.collect import Collected, collect
 from searchrl.config import Config, Device, KlPlacement
@@ -25,8 +25,10 @@ from searchrl.evaluation.comparison import (
 from searchrl.evaluation.results import AnswerLog, Result, load_results, save_results
 from searchrl.evaluation.rollouts import evaluate
 from searchrl.failures import check_failures
-from searchrl.metrics import Clock, MetricLog, Tally, read_records
+from searchrl.metrics import MetricLog, Tally, read_records
+from searchrl.policy import ReferencePolicy
 from searchrl.records import rollout_tally, write_trajectories
+from searchrl.reference import Reference
 from searchrl.retrieval.meter import merge_stats
 from searchrl.rewards import ScoredGroup
 from searchrl.samples import to_samples, unscored_samples
@@ -45,7 +47,7 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
         resolved: the same as plain containers, for the logs.
     """
     with open_run(cfg) as run:
-        env = run.env
+        env, phases = run.env, run.env.phases
         actor = make_actor(run)
         reference = _reference(run, actor)
         sampler = _sampler(run)
@@ -55,6 +57,7 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
         # Main's numbers on every rank: a watch that stops the run must stop it everywhere.
         watch = Watch(cfg.watch, broadcast_object(read_records(env.run_dir, start)))
         log = MetricLog(env.run_dir, cfg.logger, resolved, resumed_step=start) if env.world.is_main else None
+        actor.offload()
         first = sync(env.runner, version=start)
         env.console.say(f"sync: engine and trainer agree to {first.probe_max_abs_diff:.2g} nats")
         before = _evaluate_before(run, start)
@@ -62,18 +65,22 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
         for step in range(start, cfg.steps):
             if watch.must_stop():
                 raise _stopped(watch, checkpoints.path(step))
-            clock = Clock()
-            with clock("rollout"):
+            phases.step = step + 1
+            with phases("rollout"):
                 collected = _rollout(run, sampler, step)
-            with clock("logprob"):
+            with phases("swap"):
+                run.engine.sleep()
+                actor.reload()
+            with phases("logprob"):
                 samples, penalized = _samples(run, actor, reference, collected.chosen)
                 update = prepare_update(actor, reference, samples, cfg=cfg, world=env.world)
-            with clock("update"):
+            with phases("update"):
                 updated = apply_update(update, actor, epochs=cfg.update.epochs, step=step)
-            with clock("sync"):
+            with phases("swap"):
+                actor.offload()
+            with phases("sync"):
                 synced = sync(env.runner, version=step + 1)
             metrics = _step_metrics(run, collected, samples) | penalized | updated | synced.metrics()
-            metrics |= clock.metrics() | _machine_metrics(cfg)
             alarms = watch.observe(broadcast_object(metrics))
             metrics |= watch.metrics()
             if cfg.eval.every and (step + 1) % cfg.eval.every == 0 and step + 1 < cfg.steps:
@@ -84,17 +91,10 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
             for alarm in alarms:
                 env.console.say(f"watch: {alarm}")
             if watch.must_stop() or (cfg.saving.every and (step + 1) % cfg.saving.every == 0):
-                checkpoints.save(actor, step=step + 1, sampler=sampler.state_dict())
+                _save(run, actor, sync, sampler, checkpoints, step + 1)
 
-        checkpoints.save(actor, step=max(start, cfg.steps), sampler=sampler.state_dict())
-        final = env.run_dir / "model"
-        actor.export(final, env.tokenizer)
-        after = _evaluate(run, cfg.steps, cfg.eval.questions)
-        if log is not None:
-            log.write(cfg.steps, eval_metrics(after))
-            log.close()
-        _report(run, before, after, final)
-        return final
+        _save(run, actor, sync, sampler, checkpoints, max(start, cfg.steps))
+        return _finish(run, actor, before, log)
 
 
 def _rollout(run: Run, sampler: Sampler, step: int) -> Collected:
@@ -151,7 +151,8 @@ def _step_metrics(run: Run, collected: Collected, samples: Sequence[Sample]) -> 
     metrics["update/trained_tokens"] = reduce_values(
         [sum(len(sample.trajectory.token_ids) for sample in samples)], "sum"
     )[0]
-    return metrics | merge_stats(gather_objects(run.env.searches.take())).metrics()
+    metrics |= merge_stats(gather_objects(run.env.searches.take())).metrics()
+    return metrics | run.env.phases.metrics() | _machine_metrics(run.env.cfg)
 
 
 def _stopped(watch: Watch, checkpoint: Path) -> CollapseError:
@@ -178,6 +179,7 @@ def _reference(run: Run, actor: Actor) -> ReferencePolicy | None:
         temperature=cfg.sampling.temperature,
         logprob_chunk=cfg.batching.logprob_chunk,
         world=run.env.world,
+        offloads=cfg.takes_turns,
     )
 
 
@@ -193,15 +195,31 @@ def _sampler(run: Run) -> Sampler:
 
 def _weight_sync(run: Run, actor: Actor) -> WeightSync:
     prompts = [run.env.protocol.prompt(example) for example in run.env.train_examples[:256]]
-    # The longest: a stale prefix cache shows only in prompts that fill a whole cache block.
-    prompts = sorted(prompts, key=len)[-run.env.cfg.sync.probe_sequences :]
+    # A stale prefix cache shows only in prompts that fill a whole cache block: of the longest the ends, where
+    # questions differ. More than one block proves nothing more and costs both sides time.
+    longest = sorted(prompts, key=len)[-run.env.cfg.sync.probe_sequences :]
+    prompts = [prompt[-(run.env.cfg.engine.block_size + 1) :] for prompt in longest]
     return WeightSync(
         actor=actor,
         engine=run.engine,
         config=run.env.cfg.sync,
         temperature=run.env.cfg.sampling.temperature,
         prompts=prompts,
+        events=run.env.phases.event,
     )
+
+
+def _save(
+    run: Run, actor: Actor, sync: WeightSync, sampler: Sampler, checkpoints: Checkpoints, step: int
+) -> None:
+    """Save after ``step``. A checkpoint needs the optimizer: it takes the engine's place once more."""
+    run.engine.sleep()
+    actor.reload()
+    path = checkpoints.save(actor, step=step, sampler=sampler.state_dict())
+    run.env.phases.event("checkpoint_saved", path=path.name)
+    actor.offload()
+    if run.engine.is_asleep:
+        sync(run.env.runner, version=step)
 
 
 def _resume(run: Run, actor: Actor, sampler: Sampler, checkpoints: Checkpoints) -> int:
@@ -244,6 +262,19 @@ def _evaluate_before(run: Run, start: int) -> list[Result] | None:
     if start > 0:
         return load_results(saved) if saved.exists() else None
     return _evaluate(run, 0, run.env.cfg.eval.questions) if run.env.cfg.eval.before else None
+
+
+def _finish(run: Run, actor: Actor, before: list[Result] | None, log: MetricLog | None) -> Path:
+    """Export and evaluate the trained policy; the folder that it is in."""
+    env = run.env
+    final = env.run_dir / "model"
+    actor.export(final, env.tokenizer)
+    after = _evaluate(run, env.cfg.steps, env.cfg.eval.questions)
+    if log is not None:
+        log.write(env.cfg.steps, eval_metrics(after))
+        log.close()
+    _report(run, before, after, final)
+    return final
 
 
 def _report(run: Run, before: list[Result] | None, after: list[Result], final: Path) -> None:
