@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchrl.config import LoggerConfig, WandbMode
-from searchrl.metrics import Clock, MetricLog, Tally
+from searchrl.metrics import MetricLog, Tally
 
 
 def test_a_tally_is_a_mean_by_name() -> None:
@@ -52,34 +52,6 @@ def test_tallies_share_nothing() -> None:
     first, second = Tally(), Tally()
     first.add("x", 1.0)
     assert second.reduce() == {}
-
-
-def test_a_clock_adds_up_by_phase() -> None:
-    clock = Clock()
-    with clock("rollout"):
-        time.sleep(0.02)
-    with clock("rollout"):
-        time.sleep(0.02)
-    with clock("update"):
-        time.sleep(0.01)
-    metrics = clock.metrics()
-    assert set(metrics) == {"time/rollout", "time/update", "time/step"}
-    assert metrics["time/rollout"] >= 0.04
-    assert metrics["time/update"] >= 0.01
-    assert metrics["time/step"] == pytest.approx(metrics["time/rollout"] + metrics["time/update"])
-
-
-def test_a_clock_counts_a_block_that_failed_and_lets_the_error_through() -> None:
-    clock = Clock()
-
-    def fail() -> None:
-        with clock("sync"):
-            time.sleep(0.01)
-            raise KeyError("x")
-
-    with pytest.raises(KeyError):
-        fail()
-    assert clock.seconds["sync"] >= 0.01
 
 
 def test_the_log_is_appended_to_a_line_per_step(tmp_path: Path) -> None:

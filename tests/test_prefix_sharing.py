@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from searchrl.actor import _token_outputs
 from searchrl.batching import MicroBatch, pack
-from searchrl.policy import PolicyModel
+from searchrl.policy import PolicyModel, token_outputs
 from searchrl.trajectory import Finish, Outcome, Sample, Trajectory, Turn
 
 
@@ -61,7 +60,7 @@ def gradients(policy: PolicyModel, batches: list[MicroBatch]) -> tuple[dict[str,
     policy.zero_grad()
     logprobs: dict[str, Tensor] = {}
     for batch in batches:
-        outputs = _token_outputs(policy, batch)
+        outputs = token_outputs(policy, batch)
         (outputs.logprobs * batch.advantages.flatten()[outputs.positions.token]).sum().backward()
         owner = batch.trajectory_index.flatten()[outputs.positions.token]
         for index, name in enumerate(batch.trajectory_ids):

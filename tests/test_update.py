@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from integration.scripts.common import grouped_samples
-from searchrl.actor import Actor, Reference, init_communication
+from searchrl.actor import Actor, init_communication
 from searchrl.algorithm.importance import NonFiniteError
 from searchrl.algorithm.losses import LossInputs, LossOutputs
 from searchrl.config import (
@@ -36,6 +36,7 @@ from searchrl.config import (
     WeightMode,
 )
 from searchrl.distributed import World, init_world
+from searchrl.reference import Reference
 from searchrl.trajectory import Sample
 from searchrl.update import apply_update, prepare_update, reward_penalties
 

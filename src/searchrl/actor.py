@@ -1,7 +1,10 @@
-"""The trained policy under DeepSpeed ZeRO, and the initial one. The only module that touches DeepSpeed.
+"""The trained policy under DeepSpeed ZeRO. The only module that touches DeepSpeed.
 
 One optimizer step is: any number of ``backward`` passes over micro-batches, each loss a *sum* divided by the
 denominator of the whole global step, then ``step``. So gradients do not depend on how the work was cut.
+
+Between updates the parameters alone are needed: to score tokens and to sync the engine. What else an update
+works with can leave the device meanwhile (``offload``, ``reload``).
 """
 
 from __future__ import annotations
@@ -9,42 +12,36 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from searchrl.algorithm.logprobs import HeadPositions, head_positions
 from searchrl.batching import MicroBatch, empty_microbatch
-from searchrl.config import Attention, DType, ModelConfig, OptimizerConfig, Schedule
+from searchrl.config import DType, ModelConfig, OptimizerConfig, Schedule
 from searchrl.distributed import World, reduce_values, seed_everything
+from searchrl.errors import SearchrlError
+from searchrl.offload import Offloaded
+from searchrl.phases import Events, no_events
 from searchrl.policy import (
     PolicyModel,
+    ReferencePolicy,
+    TokenOutputs,
     Weight,
     adapter_parameters,
     adapters_off,
     add_adapters,
     checkpoint_weights,
     load_model,
+    runs_on_trees,
     save_adapters,
+    token_outputs,
 )
+from searchrl.zero import NormClip, deepspeed_config, offload_update
 
 SYNC_BUCKET_ELEMENTS = 64 * 2**20
 """Parameters gathered at one time when weights leave the actor under ZeRO-3."""
-
-
-@dataclass(kw_only=True, slots=True)
-class TokenOutputs:
-    """The model's view of a micro-batch's N loss tokens."""
-
-    logprobs: Tensor
-    """fp32 [N] with gradient."""
-    entropy: Tensor
-    """fp32 [N] in nats; ``chunked_logprobs`` says whether with gradient."""
-    positions: HeadPositions
-    """Where they stand in the flattened micro-batch."""
-    batch: MicroBatch
 
 
 LossSum = Callable[[TokenOutputs], Tensor]
@@ -61,6 +58,10 @@ class StepStats:
     """Learning rate that was applied."""
 
 
+class OffloadedError(SearchrlError, RuntimeError):
+    """The optimizer was asked for while its states are on the host."""
+
+
 def init_communication(world: World) -> None:
     """Start torch.distributed: gloo on the CPU, NCCL on GPUs. Must precede the engine."""
     if world.device == "cpu":
@@ -69,13 +70,6 @@ def init_communication(world: World) -> None:
     else:
         torch.cuda.set_device(world.local_rank)
     deepspeed.init_distributed(dist_backend="gloo" if world.device == "cpu" else "nccl", verbose=False)
-
-
-class ReferencePolicy(Protocol):
-    """What KL penalties compare the trained policy with: the initial one."""
-
-    def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Log-probabilities of each micro-batch's loss tokens, fp32 [N] each. A collective."""
 
 
 class Actor:
@@ -93,6 +87,8 @@ class Actor:
         total_steps: int,
         seed: int,
         world: World,
+        offloads: bool = False,
+        events: Events = no_events,
     ) -> None:
         """Load the model and shard it over the ranks. ``init_communication`` must have run.
 
@@ -106,6 +102,8 @@ class Actor:
             total_steps: optimizer steps of the run, for the schedule.
             seed: global seed.
             world: this rank.
+            offloads: ``offload`` moves something; False: there is memory to spare, or no device of its own.
+            events: hears of what moves.
         """
         seed_everything(seed)
         self._optimizer_config = optimizer
@@ -113,8 +111,11 @@ class Actor:
         self._world = world
         self._zero_stage = zero_stage
         self._lora = model.lora
-        self._use_tree = _runs_on_trees(model)
-        config = _deepspeed_config(model.dtype, zero_stage, optimizer.max_grad_norm, world)
+        self._offloads = offloads
+        self._offloaded: Offloaded | None = None
+        self._events = events
+        self._use_tree = runs_on_trees(model)
+        config = deepspeed_config(model.dtype, zero_stage, optimizer.max_grad_norm, world)
         network = load_model(path, model, zero3=config if zero_stage == 3 else None)
         if model.gradient_checkpointing:
             network.gradient_checkpointing_enable({"use_reentrant": False})
@@ -123,18 +124,10 @@ class Actor:
         self._policy = PolicyModel(network, temperature=temperature, chunk_size=logprob_chunk)
         if zero_stage == 3:  # the head's weight is used outside the head's own forward
             deepspeed.zero.register_external_parameter(self._policy, self._policy.head.weight)
-        # One group on purpose: with several, ZeRO-1/2 links only the first to its parameters' state, and
-        # whatever reads state by parameter (universal checkpoints, first_moments) fails.
-        adamw = torch.optim.AdamW(
-            [parameter for parameter in self._policy.parameters() if parameter.requires_grad],
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
-        self._clip: _Clip | None = None
+        adamw = _adamw(self._policy, optimizer)
+        self._clip: NormClip | None = None
         if zero_stage == 0 and model.dtype is DType.float32:
-            self._clip = _Clip(optimizer.max_grad_norm)
+            self._clip = NormClip(optimizer.max_grad_norm)
             adamw.register_step_pre_hook(self._clip)
             config["gradient_clipping"] = 0.0
         self._engine, *_ = deepspeed.initialize(
@@ -149,7 +142,7 @@ class Actor:
 
     def forward(self, batch: MicroBatch) -> TokenOutputs:
         """Log-probabilities of the micro-batch's loss tokens, with gradient."""
-        return _token_outputs(self._engine, batch.to(self._world.device), self._use_tree)
+        return token_outputs(self._engine, batch.to(self._world.device), self._use_tree)
 
     def update(
         self, batches: Sequence[MicroBatch], loss_sum: LossSum, *, denominator: float, step: int
@@ -164,7 +157,11 @@ class Actor:
             loss_sum: maps token outputs to the sum of their loss.
             denominator: what the global sum is divided by, the same on all ranks.
             step: optimizer steps already done, for the learning rate.
+
+        Raises:
+            OffloadedError: between ``offload`` and ``reload``.
         """
+        self._need_states()
         most = int(reduce_values([float(len(batches))], "max")[0])
         padding = [empty_microbatch() for _ in range(most - len(batches))]
         for batch in [*batches, *padding]:
@@ -208,10 +205,34 @@ class Actor:
         if self._zero_stage < 3:
             yield from ((weight.name, weight.merged()) for weight in weights)
             return
-        for bucket in _buckets(weights, SYNC_BUCKET_ELEMENTS):
+        for bucket in _weight_buckets(weights, SYNC_BUCKET_ELEMENTS):
             parameters = [parameter for weight in bucket for parameter in weight.parameters]
             with deepspeed.zero.GatheredParameters(parameters):
                 yield from ((weight.name, weight.merged()) for weight in bucket)
+
+    def offload(self) -> None:
+        """Move what only an update needs to the host: moments, fp32 master weights, gradients' buffers.
+
+        The parameters stay. Syncing reads them, and the probe after it needs them beside the engine's whole
+        key-value cache: moving them away after that would lower the rollout's peak, but not the run's.
+        """
+        if not self._offloads or self._offloaded is not None:
+            self._events("actor_offload", noop=True)
+            return
+        self._offloaded = offload_update(self._engine, self._zero_stage)
+        host, freed = self._offloaded.host_bytes, self._offloaded.freed_bytes
+        self._events("actor_offload", noop=False, host_bytes=host, freed_bytes=freed)
+
+    def reload(self) -> None:
+        """Bring back what ``offload`` took, bit by bit."""
+        offloaded, self._offloaded = self._offloaded, None
+        if offloaded is not None:
+            offloaded.reload()
+        self._events("actor_reload", noop=offloaded is None)
+
+    def _need_states(self) -> None:
+        if self._offloaded is not None:
+            raise OffloadedError("the optimizer's states are on the host: call Actor.reload() first")
 
     def first_moments(self) -> dict[str, Tensor]:
         """AdamW's whole first moments in fp32, by name of the trained parameter. A collective.
@@ -219,6 +240,7 @@ class Actor:
         After the first step they are (1 - β1) × the clipped gradient: how tests and diagnosis read gradients
         alike at every ZeRO stage.
         """
+        self._need_states()
         from deepspeed.utils import safe_get_full_optimizer_state
 
         trained = [(name, p) for name, p in self.network.named_parameters() if p.requires_grad]
@@ -228,7 +250,12 @@ class Actor:
         return {name: safe_get_full_optimizer_state(p, "exp_avg").clone() for name, p in trained}
 
     def save(self, folder: Path, state: dict[str, object]) -> None:
-        """Write what is trained and the optimizer's state, with ``state`` beside them. A collective."""
+        """Write what is trained and the optimizer's state, with ``state`` beside them. A collective.
+
+        Raises:
+            OffloadedError: between ``offload`` and ``reload``.
+        """
+        self._need_states()
         self._engine.save_checkpoint(
             str(folder),
             tag="actor",
@@ -244,6 +271,7 @@ class Actor:
             FileNotFoundError: there is no checkpoint in ``folder``.
             RuntimeError: it holds other tensors than are trained here.
         """
+        self._need_states()
         path, state = self._engine.load_checkpoint(str(folder), tag="actor")
         if path is None:
             raise FileNotFoundError(f"no actor checkpoint in {folder}")
@@ -275,32 +303,6 @@ class Actor:
                 )
 
 
-class Reference:
-    """The frozen initial policy as a model of its own, whole on every rank."""
-
-    def __init__(
-        self,
-        path: Path | str,
-        *,
-        model: ModelConfig,
-        temperature: float,
-        logprob_chunk: int,
-        world: World,
-    ) -> None:
-        network = load_model(path, model).to(world.device).eval().requires_grad_(False)
-        self._policy = PolicyModel(network, temperature=temperature, chunk_size=logprob_chunk)
-        self._world = world
-        self._use_tree = _runs_on_trees(model)
-
-    @torch.no_grad()
-    def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Log-probabilities of each micro-batch's loss tokens, fp32 [N] each."""
-        return [
-            _token_outputs(self._policy, batch.to(self._world.device), self._use_tree).logprobs
-            for batch in batches
-        ]
-
-
 @dataclass(slots=True, frozen=True)
 class _AdaptersOff:
     """See ``Actor.reference``."""
@@ -312,35 +314,16 @@ class _AdaptersOff:
             return self.actor.logprobs(batches)
 
 
-class _Clip:
-    """Gradient clipping for ZeRO stage 0 in fp32, where DeepSpeed clips but keeps no norm."""
-
-    def __init__(self, max_norm: float) -> None:
-        self._max_norm = max_norm
-        self.norm = 0.0
-
-    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Runs before the optimizer's step, when gradients have been reduced over the ranks."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.norm = float(nn.utils.clip_grad_norm_(parameters, self._max_norm))
-
-
-def _runs_on_trees(model: ModelConfig) -> bool:
-    """FlashAttention takes no mask: it runs the packed row itself, whose position_ids delimit sequences."""
-    return model.attention is Attention.sdpa
-
-
-def _token_outputs(module: Any, batch: MicroBatch, use_tree: bool = True) -> TokenOutputs:
-    positions = head_positions(batch.loss_mask, batch.segment_ids)
-    targets = batch.input_ids.flatten()[positions.token]
-    if batch.tree is None or not use_tree:
-        logprobs, entropy = module(batch.input_ids, batch.position_ids, None, positions.predictor, targets)
-    else:  # the model runs on the distinct prefixes only
-        tree = batch.tree
-        logprobs, entropy = module(
-            tree.input_ids, tree.position_ids, tree.attention_mask, tree.node_of[positions.predictor], targets
-        )
-    return TokenOutputs(logprobs=logprobs, entropy=entropy, positions=positions, batch=batch)
+def _adamw(policy: PolicyModel, optimizer: OptimizerConfig) -> torch.optim.AdamW:
+    # One group on purpose: with several, ZeRO-1/2 links only the first to its parameters' state, and
+    # whatever reads state by parameter (universal checkpoints, first_moments) fails.
+    return torch.optim.AdamW(
+        [parameter for parameter in policy.parameters() if parameter.requires_grad],
+        lr=optimizer.lr,
+        betas=optimizer.betas,
+        weight_decay=optimizer.weight_decay,
+        fused=True,
+    )
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -354,22 +337,7 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
             return config.lr * (total_steps - step) / (total_steps - config.warmup_steps)
 
 
-def _deepspeed_config(dtype: DType, zero_stage: int, max_grad_norm: float, world: World) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "train_batch_size": world.size,
-        # As many backward passes as there are micro-batches, then one step: see Actor.update.
-        "managed_gradient_accumulation": False,
-        "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": dtype is DType.bfloat16},
-        "gradient_clipping": max_grad_norm,
-        "steps_per_print": 2**31,
-    }
-
-
-def _buckets(weights: Sequence[Weight], max_elements: int) -> Iterator[list[Weight]]:
+def _weight_buckets(weights: Sequence[Weight], max_elements: int) -> Iterator[list[Weight]]:
     """Consecutive weights of together at most ``max_elements`` parameters, at least one weight a bucket."""
     bucket: list[Weight] = []
     size = 0

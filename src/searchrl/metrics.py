@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,27 +30,6 @@ class Tally:
                 total, count = merged.get(name, (0.0, 0.0))
                 merged[name] = (total + value, count + weight)
         return {name: total / count for name, (total, count) in merged.items() if count > 0}
-
-
-@dataclass(slots=True)
-class Clock:
-    """Seconds by phase of one step."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Add the block's wall time to ``phase``."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-    def metrics(self) -> dict[str, float]:
-        """``time/<phase>`` in seconds, and their sum as ``time/step``."""
-        named = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
-        return named | {"time/step": sum(self.seconds.values())}
 
 
 class MetricLog:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from searchrl.actor import TokenOutputs
 from searchrl.algorithm.aggregation import token_weights
 from searchrl.algorithm.importance import CustomWeights, ImportanceInputs, NonFiniteError, correct
 from searchrl.algorithm.losses import CustomLoss, LossInputs, kl_penalty, llds_penalty, policy_loss
 from searchrl.algorithm.mismatch import MAX_KEYS, SUM_KEYS, ImportanceTotals, measure
 from searchrl.config import ImportanceConfig, LossConfig
 from searchrl.distributed import gather_objects, reduce_values
+from searchrl.policy import TokenOutputs
 
 
 @dataclass(kw_only=True, slots=True)

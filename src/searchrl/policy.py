@@ -9,17 +9,18 @@ model's own modules: ``model.layers.0.mlp.up_proj.weight`` becomes ``….up_proj
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from searchrl.algorithm.logprobs import chunked_logprobs
-from searchrl.config import ConfigError, LoraConfig, ModelConfig
+from searchrl.algorithm.logprobs import HeadPositions, chunked_logprobs, head_positions
+from searchrl.batching import MicroBatch
+from searchrl.config import Attention, ConfigError, LoraConfig, ModelConfig
 from searchrl.distributed import seed_everything
 
 
@@ -89,6 +90,51 @@ def _expect_no_frozen(module: nn.Module, incompatible: Any) -> None:
     """Leaves as missing, which a strict load refuses, what is trained and was not there."""
     frozen = set(_frozen(module))
     incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in frozen]
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenOutputs:
+    """The model's view of a micro-batch's N loss tokens."""
+
+    logprobs: Tensor
+    """fp32 [N] with gradient."""
+    entropy: Tensor
+    """fp32 [N] in nats; ``chunked_logprobs`` says whether with gradient."""
+    positions: HeadPositions
+    """Where they stand in the flattened micro-batch."""
+    batch: MicroBatch
+
+
+class ReferencePolicy(Protocol):
+    """What KL penalties compare the trained policy with: the initial one."""
+
+    def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Log-probabilities of each micro-batch's loss tokens, fp32 [N] each. A collective."""
+
+
+def runs_on_trees(model: ModelConfig) -> bool:
+    """FlashAttention takes no mask: it runs the packed row itself, whose position_ids delimit sequences."""
+    return model.attention is Attention.sdpa
+
+
+def token_outputs(module: Any, batch: MicroBatch, use_tree: bool = True) -> TokenOutputs:
+    """Run ``module``, a ``PolicyModel`` or what wraps one, on the micro-batch.
+
+    Args:
+        module: returns log-probabilities and entropies.
+        batch: on the module's device.
+        use_tree: compute every distinct prefix of a packed row once.
+    """
+    positions = head_positions(batch.loss_mask, batch.segment_ids)
+    targets = batch.input_ids.flatten()[positions.token]
+    if batch.tree is None or not use_tree:
+        logprobs, entropy = module(batch.input_ids, batch.position_ids, None, positions.predictor, targets)
+    else:  # the model runs on the distinct prefixes only
+        tree = batch.tree
+        logprobs, entropy = module(
+            tree.input_ids, tree.position_ids, tree.attention_mask, tree.node_of[positions.predictor], targets
+        )
+    return TokenOutputs(logprobs=logprobs, entropy=entropy, positions=positions, batch=batch)
 
 
 def load_model(path: Path | str, config: ModelConfig, *, zero3: dict[str, Any] | None = None) -> Any:

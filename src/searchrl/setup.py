@@ -17,6 +17,7 @@ from searchrl.data.sampler import fingerprint
 from searchrl.distributed import World, init_world
 from searchrl.engine import Engine
 from searchrl.models import resolve_model
+from searchrl.phases import Phases
 from searchrl.protocol import Protocol, load_tokenizer
 from searchrl.retrieval.lookup import read_passages
 from searchrl.retrieval.meter import RetrievalMeter
@@ -37,6 +38,8 @@ class Environment:
     console: Console
     runner: asyncio.Runner
     """One event loop for the whole run: engine and search connections live in it."""
+    phases: Phases
+    """Time and memory of each phase, and the log of what moves."""
     run_dir: Path
     tokenizer: Any
     protocol: Protocol
@@ -70,6 +73,7 @@ def open_environment(cfg: Config, *, training: bool = True) -> Iterator[Environm
     init_communication(world)
     with ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
+        phases = stack.enter_context(_open_phases(cfg, world, training=training))
         tokenizer = load_tokenizer(resolve_model(cfg.checkpoint or cfg.model.path, Path(cfg.assets)))
         protocol = Protocol(tokenizer, cfg.episode)
         searches = RetrievalMeter()
@@ -84,6 +88,7 @@ def open_environment(cfg: Config, *, training: bool = True) -> Iterator[Environm
             world=world,
             console=console,
             runner=runner,
+            phases=phases,
             run_dir=Path(cfg.run_dir),
             tokenizer=tokenizer,
             protocol=protocol,
@@ -93,6 +98,18 @@ def open_environment(cfg: Config, *, training: bool = True) -> Iterator[Environm
             train_examples=train_examples,
             eval_examples=eval_examples,
         )
+
+
+@contextmanager
+def _open_phases(cfg: Config, world: World, *, training: bool) -> Iterator[Phases]:
+    """``events.jsonl`` is written by the main rank of a training run."""
+    writes = training and world.is_main
+    phases = Phases(Path(cfg.run_dir) / "events.jsonl" if writes else None, device=world.device)
+    phases.event("run_start", ranks=world.size)
+    try:
+        yield phases
+    finally:
+        phases.close()
 
 
 def oracle(cfg: Config, examples: Sequence[Example]) -> OracleTool:
@@ -130,6 +147,7 @@ def load_policy(env: Environment, model: Path | str) -> Run:
         max_context_tokens=cfg.episode.max_context_tokens,
         seed=cfg.seed,
         world=env.world,
+        events=env.phases.event,
     )
     rollout = Rollout(engine=engine, protocol=env.protocol, tool=env.tool, limits=cfg.episode, seed=cfg.seed)
     return Run(env=env, model=model, engine=engine, rollout=rollout)
@@ -187,8 +205,9 @@ def load_questions(cfg: Config, *, training: bool = True) -> tuple[list[Example]
 
 
 def make_actor(run: Run) -> Actor:
-    """The trained policy, starting from the run's model."""
+    """The trained policy, starting from the run's model. An engine that takes turns makes room for it."""
     cfg = run.env.cfg
+    run.engine.sleep()
     return Actor(
         run.model,
         model=cfg.model,
@@ -199,4 +218,6 @@ def make_actor(run: Run) -> Actor:
         total_steps=cfg.steps,
         seed=cfg.seed,
         world=run.env.world,
+        offloads=cfg.takes_turns,
+        events=run.env.phases.event,
     )

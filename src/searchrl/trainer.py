@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from searchrl.actor import Actor, Reference, ReferencePolicy
+from searchrl.actor import Actor
 from searchrl.checkpoint import Checkpoints
 from searchrl.collect import Collected, collect
 from searchrl.config import Config, Device, KlPlacement
@@ -27,9 +27,11 @@ from searchrl.evaluation.comparison import (
 from searchrl.evaluation.results import AnswerLog, Result, load_results, save_results
 from searchrl.evaluation.rollouts import evaluate
 from searchrl.failures import check_failures
-from searchrl.metrics import Clock, MetricLog, Tally, read_records
+from searchrl.metrics import MetricLog, Tally, read_records
 from searchrl.overlap import Rollouts
+from searchrl.policy import ReferencePolicy
 from searchrl.records import policy_lag, rollout_tally, write_trajectories
+from searchrl.reference import Reference
 from searchrl.retrieval.meter import RetrievalStats, merge_stats
 from searchrl.rewards import ScoredGroup
 from searchrl.samples import to_samples, unscored_samples
@@ -51,7 +53,7 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
         resolved: the same as plain containers, for the logs.
     """
     with open_run(cfg) as run, _rollouts(run) as rollouts:
-        env = run.env
+        env, phases = run.env, run.env.phases
         actor = make_actor(run)
         reference = _reference(run, actor)
         checkpoints = Checkpoints(folder=env.run_dir / "checkpoints", keep=cfg.saving.keep, world=env.world)
@@ -60,6 +62,7 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
         # Main's numbers on every rank: a watch that stops the run must stop it everywhere.
         watch = Watch(cfg.watch, broadcast_object(read_records(env.run_dir, start)))
         log = MetricLog(env.run_dir, cfg.logger, resolved, resumed_step=start) if env.world.is_main else None
+        actor.offload()
         first = sync(env.runner, version=start)
         env.console.say(f"sync: engine and trainer agree to {first.probe_max_abs_diff:.2g} nats")
         before = _evaluate_before(run, start)
@@ -67,21 +70,24 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
         for step in range(start, cfg.steps):
             if watch.must_stop():
                 raise _stopped(watch, checkpoints.path(step))
-            clock = Clock()
-            with clock("rollout"):
+            phases.step = step + 1
+            with phases("rollout"):
                 played = _take(run, rollouts, step)
             rollouts.start_early(step + 1)
-            with clock("logprob"):
+            with phases("swap"):
+                _make_room(run, actor)
+            with phases("logprob"):
                 samples, penalized = _samples(run, actor, reference, played.collected.chosen)
                 update = prepare_update(actor, reference, samples, cfg=cfg, world=env.world)
-            with clock("update"):
+            with phases("update"):
                 updated = apply_update(update, actor, epochs=cfg.update.epochs, step=step)
-            with clock("rollout"):
+            with phases("rollout"):
                 rollouts.wait()
-            with clock("sync"):
+            with phases("swap"):
+                actor.offload()
+            with phases("sync"):
                 synced = sync(env.runner, version=step + 1)
-            metrics = _step_metrics(played, samples, step) | penalized | updated | synced.metrics()
-            metrics |= clock.metrics() | _machine_metrics(cfg)
+            metrics = _step_metrics(run, played, samples, step) | penalized | updated | synced.metrics()
             alarms = watch.observe(broadcast_object(metrics))
             metrics |= watch.metrics()
             if cfg.eval.every and (step + 1) % cfg.eval.every == 0 and step + 1 < cfg.steps:
@@ -92,17 +98,10 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
             for alarm in alarms:
                 env.console.say(f"watch: {alarm}")
             if watch.must_stop() or cfg.saving.is_due(step + 1):
-                checkpoints.save(actor, step=step + 1, sampler=rollouts.sampler_state())
+                _save(run, actor, sync, rollouts, checkpoints, step + 1)
 
-        checkpoints.save(actor, step=max(start, cfg.steps), sampler=rollouts.sampler_state())
-        final = env.run_dir / "model"
-        actor.export(final, env.tokenizer)
-        after = _evaluate(run, cfg.steps, cfg.eval.questions)
-        if log is not None:
-            log.write(cfg.steps, eval_metrics(after))
-            log.close()
-        _report(run, before, after, final)
-        return final
+        _save(run, actor, sync, rollouts, checkpoints, max(start, cfg.steps))
+        return _finish(run, actor, before, log)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -187,7 +186,7 @@ def _samples(
     return samples, tally.reduce()
 
 
-def _step_metrics(played: Played, samples: Sequence[Sample], step: int) -> dict[str, float]:
+def _step_metrics(run: Run, played: Played, samples: Sequence[Sample], step: int) -> dict[str, float]:
     collected = played.collected
     tally = rollout_tally(collected.scored)
     tally.add("rollout/policy_lag", *policy_lag(collected.scored, version=step))
@@ -195,7 +194,8 @@ def _step_metrics(played: Played, samples: Sequence[Sample], step: int) -> dict[
     metrics["update/trained_tokens"] = reduce_values(
         [sum(len(sample.trajectory.token_ids) for sample in samples)], "sum"
     )[0]
-    return metrics | merge_stats(gather_objects(played.searches)).metrics()
+    metrics |= merge_stats(gather_objects(played.searches)).metrics()
+    return metrics | run.env.phases.metrics() | _machine_metrics(run.env.cfg)
 
 
 def _stopped(watch: Watch, checkpoint: Path) -> CollapseError:
@@ -222,6 +222,7 @@ def _reference(run: Run, actor: Actor) -> ReferencePolicy | None:
         temperature=cfg.sampling.temperature,
         logprob_chunk=cfg.batching.logprob_chunk,
         world=run.env.world,
+        offloads=cfg.takes_turns,
     )
 
 
@@ -237,15 +238,42 @@ def _sampler(run: Run) -> Sampler:
 
 def _weight_sync(run: Run, actor: Actor) -> WeightSync:
     prompts = [run.env.protocol.prompt(example) for example in run.env.train_examples[:256]]
-    # The longest: a stale prefix cache shows only in prompts that fill a whole cache block.
-    prompts = sorted(prompts, key=len)[-run.env.cfg.sync.probe_sequences :]
+    # A stale prefix cache shows only in prompts that fill a whole cache block: of the longest the ends, where
+    # questions differ. More than one block proves nothing more and costs both sides time.
+    longest = sorted(prompts, key=len)[-run.env.cfg.sync.probe_sequences :]
+    prompts = [prompt[-(run.env.cfg.engine.block_size + 1) :] for prompt in longest]
     return WeightSync(
         actor=actor,
         engine=run.engine,
         config=run.env.cfg.sync,
         temperature=run.env.cfg.sampling.temperature,
         prompts=prompts,
+        events=run.env.phases.event,
     )
+
+
+def _make_room(run: Run, actor: Actor) -> None:
+    """The engine sleeps and the optimizer comes back, unless the engine is at the next rollout already."""
+    if not run.env.cfg.overlap:
+        run.engine.sleep()
+    actor.reload()
+
+
+def _save(
+    run: Run,
+    actor: Actor,
+    sync: WeightSync,
+    rollouts: Rollouts[Played],
+    checkpoints: Checkpoints,
+    step: int,
+) -> None:
+    """Save after ``step``. A checkpoint needs the optimizer: it takes the engine's place once more."""
+    _make_room(run, actor)
+    path = checkpoints.save(actor, step=step, sampler=rollouts.sampler_state())
+    run.env.phases.event("checkpoint_saved", path=path.name)
+    actor.offload()
+    if run.engine.is_asleep:
+        sync(run.env.runner, version=step)
 
 
 def _resume(run: Run, actor: Actor, sampler: Sampler, checkpoints: Checkpoints) -> int:
@@ -288,6 +316,19 @@ def _evaluate_before(run: Run, start: int) -> list[Result] | None:
     if start > 0:
         return load_results(saved) if saved.exists() else None
     return _evaluate(run, 0, run.env.cfg.eval.questions) if run.env.cfg.eval.before else None
+
+
+def _finish(run: Run, actor: Actor, before: list[Result] | None, log: MetricLog | None) -> Path:
+    """Export and evaluate the trained policy; the folder that it is in."""
+    env = run.env
+    final = env.run_dir / "model"
+    actor.export(final, env.tokenizer)
+    after = _evaluate(run, env.cfg.steps, env.cfg.eval.questions)
+    if log is not None:
+        log.write(env.cfg.steps, eval_metrics(after))
+        log.close()
+    _report(run, before, after, final)
+    return final
 
 
 def _report(run: Run, before: list[Result] | None, after: list[Result], final: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from searchrl.actor import Actor, ReferencePolicy
+from searchrl.actor import Actor
 from searchrl.algorithm.aggregation import denominator
 from searchrl.algorithm.importance import CustomWeights, ImportanceInputs, correct, needs_global
 from searchrl.algorithm.losses import CustomLoss, kl_penalty
@@ -32,6 +32,7 @@ from searchrl.config import (
 from searchrl.distributed import World, gather_objects, reduce_values
 from searchrl.extensions import load_function
 from searchrl.objective import KnownTerms, PolicyObjective, reduce_totals
+from searchrl.policy import ReferencePolicy
 from searchrl.trajectory import Sample
 
 BySample = dict[str, Tensor]

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from searchrl.actor import Actor, TokenOutputs
+from searchrl.actor import Actor
 from searchrl.answers import contains_answer
 from searchrl.batching import balance, count_loss_tokens, pack
 from searchrl.config import (
@@ -34,6 +34,7 @@ from searchrl.config import (
 )
 from searchrl.console import Console
 from searchrl.distributed import World, barrier, broadcast_object
+from searchrl.policy import TokenOutputs
 from searchrl.protocol import Protocol
 from searchrl.tools import Tool
 from searchrl.trajectory import Example, Finish, Outcome, Sample, ToolCall, Trajectory, Turn

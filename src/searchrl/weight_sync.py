@@ -3,7 +3,8 @@
 The probe lets the engine continue fixed prompts for a few tokens, then asks the trainer for the same tokens'
 log-probabilities. The prompts are the same every time, so a prefix cache that survived the sync would answer
 with old keys and values; the decoded tokens go through every layer and the head. A tensor that was damaged or
-left behind, a stale tied head and a stale cache all show up as a difference.
+left behind, a stale tied head and a stale cache all show up as a difference. ``sync.checksum`` compares the
+tensors themselves, and sees what is too small for that.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from torch import Tensor
 from searchrl.actor import Actor
 from searchrl.batching import pack
 from searchrl.config import SyncConfig
-from searchrl.distributed import reduce_values
+from searchrl.distributed import gather_objects, reduce_values
 from searchrl.engine import Engine, Generation, GenerationRequest
 from searchrl.errors import SearchrlError
+from searchrl.phases import Events, no_events
 from searchrl.trajectory import Outcome, Sample, Trajectory, Turn
 
 Weights = Iterable[tuple[str, Tensor]]
@@ -35,6 +37,10 @@ class SyncStats:
     """What a sync did."""
 
     seconds: float
+    """The whole sync, proofs included."""
+    load_seconds: float
+    """Of it, until the engine held the weights."""
+    probe_seconds: float
     megabytes: float
     probe_max_abs_diff: float
     """Largest |Δ log-probability| in nats over all probed tokens and ranks."""
@@ -43,6 +49,8 @@ class SyncStats:
         """The same under the names of the log."""
         return {
             "sync/seconds": self.seconds,
+            "sync/load_seconds": self.load_seconds,
+            "sync/probe_seconds": self.probe_seconds,
             "sync/megabytes": self.megabytes,
             "sync/probe_max_abs_diff": self.probe_max_abs_diff,
         }
@@ -58,6 +66,8 @@ class WeightSync:
     temperature: float
     prompts: Sequence[Sequence[int]]
     """Fixed token ids that the probe continues; longer than a cache block, so that a stale cache shows."""
+    events: Events = no_events
+    """Hears of what was proved."""
 
     def __call__(
         self,
@@ -66,7 +76,9 @@ class WeightSync:
         version: int,
         tamper: Callable[[Weights], Weights] = lambda weights: weights,
     ) -> SyncStats:
-        """Sync and probe. A collective.
+        """Sync, waking the engine if it sleeps, and prove it. A collective.
+
+        Weights are woken first and the key-value cache last: in between, gathered weights take its place.
 
         Args:
             runner: runs the engine.
@@ -74,17 +86,43 @@ class WeightSync:
             tamper: damages the weights on their way; for tests of the probe.
 
         Raises:
-            SyncError: the difference is above ``sync.probe_max_abs_diff``, or not a number.
+            SyncError: the difference is above ``sync.probe_max_abs_diff``, or not a number; or a tensor
+                differs, if ``sync.checksum`` compares them.
         """
         start = time.perf_counter()
         moved = _Counter()
+        self.engine.wake("weights")
         self.engine.load_weights(tamper(moved(self.actor.named_weights())), policy_version=version)
+        loaded = time.perf_counter()
+        if self.config.checksum:
+            self.compare()
+        self.engine.wake("kv_cache")
+        probed = time.perf_counter()
         difference = self.probe(runner)
+        end = time.perf_counter()
         return SyncStats(
-            seconds=time.perf_counter() - start,
+            seconds=end - start,
+            load_seconds=loaded - start,
+            probe_seconds=end - probed,
             megabytes=moved.bytes / 2**20,
             probe_max_abs_diff=difference,
         )
+
+    def compare(self) -> None:
+        """Compare every tensor of engine and actor, bit by bit. A collective.
+
+        Raises:
+            SyncError: names the tensors that differ, on any rank.
+        """
+        found = gather_objects(self.engine.differing(self.actor.named_weights()))
+        faults = list(dict.fromkeys(fault for faults in found for fault in faults))
+        if faults:
+            shown = ", ".join(faults[:8]) + (f" and {len(faults) - 8} more" if len(faults) > 8 else "")
+            raise SyncError(
+                f"after the sync to version {self.engine.policy_version} engine and trainer hold different "
+                f"values (sync.checksum=true): {shown}. The engine would sample from another policy"
+            )
+        self.events("checksum_passed", version=self.engine.policy_version)
 
     def probe(self, runner: asyncio.Runner) -> float:
         """Largest difference in nats over all ranks; raises ``SyncError`` above the bound. A collective."""
@@ -107,6 +145,7 @@ class WeightSync:
                 f"{self.config.probe_max_abs_diff:g}. The engine does not hold the trainer's weights, or its "
                 "caches are stale; samples from it would be off-policy without anybody noticing"
             )
+        self.events("probe_passed", version=self.engine.policy_version, max_abs_diff=worst)
         return worst
 
     async def _generate(self) -> list[Generation]:

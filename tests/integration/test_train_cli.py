@@ -60,6 +60,8 @@ PROMISED = (  # PROTOCOL §5
     "time/rollout",
     "time/update",
     "time/sync",
+    "memory/rollout_peak_gib",
+    "memory/update_peak_gib",
 )
 WITH_AN_UPDATE = (
     "loss/ref_kl",
@@ -130,7 +132,7 @@ def bench(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
 @pytest.fixture(scope="module")
 def finished(bench: Bench) -> Ended:
     """Four steps without interruption; makes the warm start that the other runs use."""
-    ended = bench.run("finished", "steps=4", "saving={every: 2, keep: 5}")
+    ended = bench.run("finished", "steps=4", "saving={every: 2, keep: 5}", "sync.checksum=true")
     assert ended.code == 0, ended.printed
     return ended
 
@@ -249,7 +251,9 @@ def same(records: list[dict[str, Any]], others: list[dict[str, Any]], tolerance:
         "retrieval/latency",
         "retrieval/requests",
         "retrieval/retries",
+        "memory/",
         "sync/seconds",
+        "sync/load",
         "throughput/",
         "machine/",
         "sync/probe",
@@ -279,7 +283,14 @@ def test_a_run_directory_is_complete(bench: Bench, finished: Ended) -> None:
     del finished
     folder = bench.at("finished")
     names = {path.name for path in folder.iterdir()}
-    assert names >= {"config.yaml", "metrics.jsonl", "retriever.log", "comparison.json", "model"}
+    assert names >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "events.jsonl",
+        "retriever.log",
+        "comparison.json",
+        "model",
+    }
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
         "step-000002",
         "step-000004",
@@ -304,6 +315,60 @@ def test_every_step_logs_every_promised_metric(bench: Bench, finished: Ended) ->
     assert any("update/grad_norm" in record for record in steps[:2])
     assert any("update/grad_norm" in record for record in steps[2:])
     assert "eval/exact_match" in bench.records("finished")[-1]
+
+
+TURNS = [  # of every step, DESIGN §4: what sleeps and moves on a GPU passes by here as well
+    ("phase_start", "rollout"),
+    ("phase_end", "rollout"),
+    ("phase_start", "swap"),
+    ("engine_sleep", True),
+    ("actor_reload", True),
+    ("phase_end", "swap"),
+    ("phase_start", "logprob"),
+    ("phase_end", "logprob"),
+    ("phase_start", "update"),
+    ("phase_end", "update"),
+    ("phase_start", "swap"),
+    ("actor_offload", True),
+    ("phase_end", "swap"),
+    ("phase_start", "sync"),
+    ("engine_wake", "weights"),
+    ("weights_loaded", "its own"),
+    ("prefix_cache_reset", None),
+    ("checksum_passed", "its own"),
+    ("engine_wake", "kv_cache"),
+    ("probe_passed", "its own"),
+    ("phase_end", "sync"),
+]
+
+
+def told(event: dict[str, Any]) -> tuple[str, object]:
+    """An event's kind and what matters about it; a version is that of its step, or told as it is."""
+    version = "its own" if event.get("version") == event["step"] else event.get("version")
+    for detail in ("phase", "part"):
+        if detail in event:
+            return event["event"], event[detail]
+    return event["event"], event.get("noop", version)
+
+
+def test_engine_and_trainer_take_turns_in_order(bench: Bench, finished: Ended) -> None:
+    del finished
+    text = (bench.at("finished") / "events.jsonl").read_text(encoding="utf-8")
+    events = [json.loads(line) for line in text.splitlines()]
+    assert [event["time"] for event in events] == sorted(event["time"] for event in events)
+    save = [
+        ("engine_sleep", True),
+        ("actor_reload", True),
+        ("checkpoint_saved", None),
+        ("actor_offload", True),
+    ]
+    for step in (1, 2, 3, 4):
+        saves = {1: 0, 2: 1, 3: 0, 4: 2}[step]  # every second step, and at the end
+        assert [told(event) for event in events if event["step"] == step] == TURNS + save * saves
+    # The engine is there before the trainer, and sleeps while that is built.
+    start = [told(event)[0] for event in events if event["step"] == 0]
+    turns = [name for name, _ in TURNS if not name.startswith("phase")]
+    assert start == ["run_start", "engine_sleep", *turns[turns.index("actor_offload") :]]
 
 
 def test_every_trajectory_is_recorded_whole(bench: Bench, finished: Ended) -> None:

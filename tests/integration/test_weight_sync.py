@@ -99,5 +99,39 @@ def test_two_ranks_that_hold_an_engine_get_and_prove_the_same_weights(tp_checks:
         assert sync[fault]["repaired"]["sync/probe_max_abs_diff"] <= BOUND
 
 
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        ("one bit", "model.layers.1.mlp.down_proj.weight"),
+        ("one bit of a part of a fused matrix", "model.layers.0.self_attn.k_proj.weight"),
+        ("one bit of a norm", "model.norm.weight"),
+        ("one bit of the embedding", "model.embed_tokens.weight"),
+        ("skipped", "model.layers.1.mlp.up_proj.weight"),
+    ],
+)
+def test_a_checksum_names_the_tensor(checks: Checks, fault: str, named: str) -> None:
+    seen = checks.results["checksum"][fault]
+    assert f"(sync.checksum=true): {named}. The engine would" in seen["broken"]["error"]
+    assert seen["repaired"]["sync/probe_max_abs_diff"] <= BOUND
+
+
+def test_the_probe_alone_lets_single_bits_pass(checks: Checks) -> None:
+    assert [
+        seen["sync/probe_max_abs_diff"] <= BOUND for seen in checks.results["checksum"]["probe alone"]
+    ] == [True] * 4
+
+
+def test_a_checksum_names_a_stale_tied_head(tied: Checks, untied: Checks) -> None:
+    error = tied.results["checksum"]["stale head"]["error"]
+    assert "(sync.checksum=true): the packed copy of lm_head.weight. The engine would" in error
+    assert "sync/seconds" in untied.results["checksum"]["stale head"], (
+        "an untied head needs no second packing"
+    )
+
+
+def test_a_checksum_passes_what_is_whole(checks: Checks) -> None:
+    assert checks.results["checksum"]["no fault"]["sync/probe_max_abs_diff"] <= BOUND
+
+
 def test_nothing_is_printed(checks: Checks) -> None:
     assert checks.printed == ""

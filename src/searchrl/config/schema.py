@@ -115,6 +115,10 @@ class EngineConfig:
     """Tokens of one engine step, prefill included."""
     enforce_eager: bool = False
     """Skip CUDA graphs and compilation. Always so on the CPU."""
+    sleep: bool = True
+    """Engine and trainer take turns on a GPU: the engine has no memory during updates, the optimizer none
+    during rollouts (docs/operations). False: both keep theirs; for who has enough and wants nothing copied.
+    Nothing moves on a CPU, or with ``overlap``, where both are at work at the same time."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -212,11 +216,14 @@ class SyncConfig:
     """Weight synchronisation and its proof."""
 
     probe_sequences: int = 4
-    """Fixed prompts, from the first training questions, that are probed after every sync."""
+    """Fixed prompts, ends of those of training questions, that are probed after every sync."""
     probe_tokens: int = 8
     """Tokens that the engine continues each with, which the trainer then scores."""
     probe_max_abs_diff: float = 0.1
     """Largest allowed difference of a log-probability. Measured: fp32 1e-5, bf16 0.03 (docs/operations)."""
+    checksum: bool = False
+    """Also compare every tensor of engine and actor after every sync, bit by bit: for who doubts the probe or
+    tries another architecture or version of vLLM. Costs more than the sync itself."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -335,6 +342,11 @@ class Config:
     warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    @property
+    def takes_turns(self) -> bool:
+        """True if engine and trainer give up memory for each other, which needs one of them to be at rest."""
+        return self.engine.sleep and self.device is Device.cuda and not self.overlap
 
     @property
     def warm_starts(self) -> bool:

@@ -4,17 +4,21 @@ Episodes are coroutines that await ``generate``. One driver task steps the engin
 that searches are answered while others generate; requests are added and aborted only between steps.
 
 An engine that several ranks hold together is led by the first of them: ``team``.
+
+On a GPU that it shares with the trainer it sleeps during updates: it gives up all its memory, and gets its
+weights back from the trainer, never from disk.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import os
 from collections.abc import Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from searchrl.config import DType, EngineConfig
 from searchrl.distributed import World, seed_everything
@@ -26,6 +30,8 @@ from searchrl.engine.requests import (
     to_generation,
 )
 from searchrl.engine.team import Orders, Team
+from searchrl.phases import Events, no_events
+from searchrl.weight_check import differing
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +53,7 @@ class Engine:
         max_context_tokens: int,
         seed: int,
         world: World,
+        events: Events = no_events,
     ) -> None:
         """Load the model. torch.distributed must be initialised; global seeds are restored afterwards.
 
@@ -57,10 +64,12 @@ class Engine:
             max_context_tokens: longest stream.
             seed: global seed to restore.
             world: this rank, and how many hold an engine together.
+            events: hears of sleep, waking and new weights.
         """
         from vllm import LLM
 
         self._team = Team(world)
+        self._sleeps = config.sleep and world.device != "cpu"  # vLLM's CPU build cannot
         if world.device == "cpu":
             _name_shared_memory()
         local_world_size = os.environ.get("LOCAL_WORLD_SIZE")
@@ -78,6 +87,7 @@ class Engine:
             kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),
             block_size=config.block_size,
             enable_prefix_caching=True,
+            enable_sleep_mode=self._sleeps,
             logprobs_mode="processed_logprobs",
             seed=seed,
             use_tqdm_on_load=False,
@@ -87,7 +97,7 @@ class Engine:
             os.environ["LOCAL_WORLD_SIZE"] = local_world_size
         seed_everything(seed)
         self._engine = self._llm.llm_engine
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._thread = ThreadPoolExecutor(1, "engine", initializer=_enter_device, initargs=(world,))
         self._ids = itertools.count()
         self._inbox: list[tuple[str, GenerationRequest]] = []
         self._cancelled: list[str] = []
@@ -95,6 +105,8 @@ class Engine:
         self._driver: asyncio.Task[None] | None = None
         self._is_running = False
         self._has_failed = False
+        self._events = events
+        self._asleep: set[str] = set()
         self.policy_version = 0
         """Version of the weights, stamped on every turn."""
 
@@ -137,9 +149,11 @@ class Engine:
         """Sample one continuation. Any number may be awaited at the same time.
 
         Raises:
-            EngineError: the engine refuses this request, or it failed; then all who wait get the error. Or
-                it is called outside of ``run`` where several ranks must take part.
+            EngineError: the engine refuses this request, or sleeps, or it failed; then all who wait get the
+                error. Or it is called outside of ``run`` where several ranks must take part.
         """
+        if self._asleep:
+            raise EngineError(f"the engine sleeps ({', '.join(sorted(self._asleep))}): sync weights first")
         if not (self._is_running or self._team.is_alone):
             raise EngineError("several ranks hold this engine: generate only in what Engine.run runs")
         request_id = str(next(self._ids))
@@ -217,8 +231,49 @@ class Engine:
             raise EngineError("weights cannot be replaced while requests run")
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         self._llm.apply_model(_refresh_tied_head)
+        self._events("weights_loaded", version=policy_version)
         self.reset_prefix_cache()
+        self._events("prefix_cache_reset")
         self.policy_version = policy_version
+
+    def differing(self, weights: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+        """Names of a checkpoint's tensors that the loaded model does not hold bit by bit; stale copies too.
+
+        Whole matrices of dense models, in the number format of the checkpoint, can be compared; weights that
+        vLLM rearranges for quantised or mixture-of-experts kernels on a GPU cannot.
+        """
+
+        def check(model: Any) -> list[str]:
+            return differing(model, weights, loader_of=_loader, as_loaded=_as_loaded)
+
+        return list(self.apply_to_model(check))
+
+    @property
+    def is_asleep(self) -> bool:
+        """True from ``sleep`` until everything has been woken."""
+        return bool(self._asleep)
+
+    def sleep(self) -> None:
+        """Give weights and key-value cache back to the device, contents and all, until they are woken.
+
+        Raises:
+            EngineError: requests run, which vLLM would abort.
+        """
+        if self._engine.has_unfinished_requests():
+            raise EngineError("the engine cannot sleep while requests run")
+        moves = self._sleeps and not self._asleep
+        if moves:
+            self._llm.sleep(level=2)  # 1 would keep the weights on the host, where nobody needs them
+            self._asleep = {"weights", "kv_cache"}
+        self._events("engine_sleep", level=2, noop=not moves)
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Take the memory of one part again. Weights are undefined then, until they are loaded."""
+        moves = part in self._asleep
+        if moves:
+            self._llm.wake_up([part])
+            self._asleep.remove(part)
+        self._events("engine_wake", part=part, noop=not moves)
 
     def reset_prefix_cache(self) -> None:
         """Forget cached keys and values, which belong to the weights that computed them."""
@@ -233,6 +288,14 @@ class Engine:
         """Stop. Destroys the default process group as well, so it is the last thing a rank does."""
         self._thread.shutdown()
         self._engine.engine_core.shutdown()
+
+
+def _enter_device(world: World) -> None:
+    """In a new thread: every thread of CUDA begins on the first device."""
+    import torch
+
+    if world.device != "cpu":
+        torch.cuda.set_device(world.local_rank)
 
 
 def _name_shared_memory() -> None:
@@ -256,3 +319,22 @@ def _refresh_tied_head(model: Any) -> None:
     embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
     if head is not None and embedding is not None and head.weight is embedding.weight:
         head.quant_method.process_weights_after_loading(head)
+
+
+def _loader(parameter: Any) -> Any:
+    """What vLLM loads the parameter with, without the wrappers that its reloading leaves behind."""
+    from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+    if not hasattr(parameter, "weight_loader"):
+        return default_weight_loader
+    return inspect.unwrap(parameter.weight_loader)
+
+
+def _as_loaded(layer: Any) -> Any:
+    """A weight of the form that vLLM remembers for reloading, not filled in."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
+    from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
+
+    parameters, _ = get_layerwise_info(layer).restore_metadata
+    return materialize_meta_tensor(restore_layer_refs(parameters["weight"], layer))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from builders import plain_reward
 from integration.scripts.common import grouped_samples
-from searchrl.actor import Actor, Reference
+from searchrl.actor import Actor
 from searchrl.config import (
     BatchingConfig,
     Config,
@@ -23,6 +23,7 @@ from searchrl.config import (
     UpdateConfig,
 )
 from searchrl.distributed import World
+from searchrl.reference import Reference
 from searchrl.rewards import ScoredGroup
 from searchrl.samples import to_samples
 from searchrl.trajectory import Example, Group

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from integration.scripts.common import grouped_samples, random_samples
-from searchrl.actor import Actor, Reference
+from searchrl.actor import Actor
 from searchrl.config import (
     Aggregation,
     BatchingConfig,
@@ -37,6 +37,7 @@ from searchrl.config import (
     WeightMode,
 )
 from searchrl.distributed import World, gather_objects
+from searchrl.reference import Reference
 from searchrl.trajectory import Sample
 from searchrl.update import apply_update, prepare_update
 

@@ -23,12 +23,12 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from integration.scripts.common import probe_prompts, random_samples, write_results
-from searchrl.actor import Actor, TokenOutputs, init_communication
+from searchrl.actor import Actor, init_communication
 from searchrl.batching import balance, count_loss_tokens, pack
 from searchrl.config import DType, EngineConfig, LoraConfig, ModelConfig, OptimizerConfig, SyncConfig
 from searchrl.distributed import World, barrier, gather_objects, init_world
 from searchrl.engine import Engine
-from searchrl.policy import adapter_parameters
+from searchrl.policy import TokenOutputs, adapter_parameters
 from searchrl.trajectory import Sample
 from searchrl.weight_sync import SyncError, Weights, WeightSync
 

@@ -1,23 +1,24 @@
-"""Gradients and golden numbers: ``update_checks OUT TIED UNTIED``; starting up would be half of each."""
+"""Gradients, golden numbers, offloading: ``update_checks OUT TIED UNTIED``; starting up is half of each."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from integration.scripts import golden_checks, gradient_checks
+from integration.scripts import golden_checks, gradient_checks, offload_checks
 from integration.scripts.common import write_results
 from searchrl.actor import init_communication
 from searchrl.distributed import init_world
 
 
 def main(out: Path, tied: Path, untied: Path) -> None:
-    """Run both on all ranks."""
+    """Run all on all ranks."""
     world = init_world("cpu")
     init_communication(world)
     results = {
         "gradients": gradient_checks.check(out, tied, untied, world),
         "golden": golden_checks.check(tied, world),
+        "offload": offload_checks.check(tied, world),
     }
     if world.is_main:
         write_results(out, results)

@@ -6,7 +6,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,11 +15,12 @@ from torch import Tensor
 
 import searchrl.engine
 from integration.scripts.common import probe_prompts, random_samples, write_results
-from searchrl.actor import Actor, TokenOutputs, init_communication
+from searchrl.actor import Actor, init_communication
 from searchrl.batching import count_loss_tokens, pack
 from searchrl.config import DType, EngineConfig, ModelConfig, OptimizerConfig, SyncConfig
 from searchrl.distributed import World, init_world
 from searchrl.engine import Engine
+from searchrl.policy import TokenOutputs
 from searchrl.weight_sync import SyncError, Weights, WeightSync
 
 Tamper = Callable[[Weights], Weights]
@@ -53,6 +54,12 @@ def without(name: str) -> Tamper:
 def noise(tensor: Tensor) -> Tensor:
     """A fifth of the tensor's own scale on top."""
     return tensor + 0.2 * tensor.std() * torch.randn_like(tensor)
+
+
+def one_bit(tensor: Tensor) -> Tensor:
+    """The last bit of one element: far below what the probe can see."""
+    tensor.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+    return tensor
 
 
 def one_nan(tensor: Tensor) -> Tensor:
@@ -99,6 +106,27 @@ class Bench:
         with injected or nullcontext():
             broken = self.outcome(tamper)
         return {"broken": broken, "repaired": self.outcome()}
+
+
+def checksum(bench: Bench) -> dict[str, object]:
+    """What comparing tensors says of small and large faults, the first of which the probe lets pass."""
+    faults: dict[str, Tamper] = {
+        "one bit": damaged(MLP, one_bit),
+        "one bit of a part of a fused matrix": damaged("model.layers.0.self_attn.k_proj.weight", one_bit),
+        "one bit of a norm": damaged("model.norm.weight", one_bit),
+        "one bit of the embedding": damaged("model.embed_tokens.weight", one_bit),
+        "skipped": without("model.layers.1.mlp.up_proj.weight"),
+    }
+    seen: dict[str, object] = {"probe alone": [bench.outcome(fault) for fault in list(faults.values())[:4]]}
+    proved, bench.sync.config = bench.sync.config, replace(bench.sync.config, checksum=True)
+    for name, fault in faults.items():
+        seen[name] = bench.fault(fault)
+    with patch.object(searchrl.engine, "_refresh_tied_head", lambda model: None):
+        bench.train()
+        seen["stale head"] = bench.outcome()
+    seen["no fault"] = bench.outcome()
+    bench.sync.config = proved
+    return seen
 
 
 def build(
@@ -154,6 +182,7 @@ def main(out: Path, model: Path, zero_stage: int) -> None:
     results["not a number"] = bench.fault(damaged(MLP, one_nan))
     stale_head = patch.object(searchrl.engine, "_refresh_tied_head", lambda model: None)
     results["stale head"] = bench.fault(injected=stale_head)
+    results["checksum"] = checksum(bench)
     stale_cache = patch.object(bench.engine, "reset_prefix_cache", lambda: None)
     results["stale cache"] = bench.fault(injected=stale_cache)
     write_results(out, results)
