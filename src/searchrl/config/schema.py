@@ -292,6 +292,9 @@ class Config:
     """Seed of everything."""
     device: Device = Device.cuda
     """``cpu`` or ``cuda``."""
+    device_memory_gib: float = 0.0
+    """Memory of a device (on a CPU: of a rank) that the plan must fit; 0: what this machine has. `validate`
+    judges by this value alone: the machine that validates is often not the one that trains."""
     steps: int = 100
     """Steps: a rollout and the update on it, usually one optimizer step (see ``update``)."""
     groups_per_step: int = 32
