@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "models",
         "extensions",
     ),
-    ("policy", "model_shape", "judge"),
+    ("policy", "model_shape", "judge", "out_of_memory"),
     ("engine", "actor", "tools", "records", "scoring", "validation", "plan", "failures"),
     ("rollout", "weight_sync", "checkpoint", "objective", "samples"),
     ("evaluation", "warmstart", "sources", "update", "collect"),

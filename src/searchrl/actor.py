@@ -19,6 +19,7 @@ from searchrl.algorithm.logprobs import HeadPositions, head_positions
 from searchrl.batching import MicroBatch, empty_microbatch
 from searchrl.config import Attention, DType, ModelConfig, OptimizerConfig, Schedule
 from searchrl.distributed import World, reduce_values, seed_everything
+from searchrl.out_of_memory import accumulate, run_passes
 from searchrl.policy import (
     PolicyModel,
     Weight,
@@ -164,13 +165,21 @@ class Actor:
             loss_sum: maps token outputs to the sum of their loss.
             denominator: what the global sum is divided by, the same on all ranks.
             step: optimizer steps already done, for the learning rate.
+
+        Raises:
+            OutOfMemoryError: memory ran out; no step was made.
         """
         most = int(reduce_values([float(len(batches))], "max")[0])
         padding = [empty_microbatch() for _ in range(most - len(batches))]
-        for batch in [*batches, *padding]:
-            # DeepSpeed averages gradients over ranks; ours are shares of one global sum.
-            loss = loss_sum(self.forward(batch)) * (self._world.size / denominator)
-            self._engine.backward(loss, scale_wrt_gas=False)
+        # DeepSpeed averages gradients over ranks; ours are shares of one global sum.
+        scale = self._world.size / denominator
+        accumulate(
+            self._engine,
+            [*batches, *padding],
+            lambda batch: loss_sum(self.forward(batch)) * scale,
+            zero_stage=self._zero_stage,
+            world=self._world,
+        )
         lr = learning_rate(self._optimizer_config, step, self._total_steps)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
@@ -180,9 +189,13 @@ class Actor:
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Log-probabilities of each micro-batch's loss tokens, [N] each. A collective under ZeRO-3."""
+        """Log-probabilities of each micro-batch's loss tokens, [N] each. A collective.
+
+        Raises:
+            OutOfMemoryError: memory ran out.
+        """
         most = int(reduce_values([float(len(batches))], "max")[0])
-        outputs = [self.forward(batch).logprobs for batch in batches]
+        outputs = run_passes(batches, lambda batch: self.forward(batch).logprobs, zero_stage=self._zero_stage)
         for _ in range(most - len(batches)):
             self.forward(empty_microbatch())
         if self._zero_stage == 3:  # a forward without backward leaves parameters gathered
@@ -294,11 +307,12 @@ class Reference:
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Log-probabilities of each micro-batch's loss tokens, fp32 [N] each."""
-        return [
-            _token_outputs(self._policy, batch.to(self._world.device), self._use_tree).logprobs
-            for batch in batches
-        ]
+        """Log-probabilities of each micro-batch's loss tokens, fp32 [N] each. A collective."""
+
+        def run(batch: MicroBatch) -> Tensor:
+            return _token_outputs(self._policy, batch.to(self._world.device), self._use_tree).logprobs
+
+        return run_passes(batches, run, zero_stage=0)
 
 
 @dataclass(slots=True, frozen=True)

@@ -1,11 +1,11 @@
-"""Gradients and golden numbers: ``update_checks OUT TIED UNTIED``; starting up would be half of each."""
+"""Gradients, golden numbers, scarce memory: ``update_checks OUT TIED UNTIED``; starting up costs most."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from integration.scripts import golden_checks, gradient_checks
+from integration.scripts import golden_checks, gradient_checks, oom_checks
 from integration.scripts.common import write_results
 from searchrl.actor import init_communication
 from searchrl.distributed import init_world
@@ -18,6 +18,7 @@ def main(out: Path, tied: Path, untied: Path) -> None:
     results = {
         "gradients": gradient_checks.check(out, tied, untied, world),
         "golden": golden_checks.check(tied, world),
+        "oom": oom_checks.check(tied, world),
     }
     if world.is_main:
         write_results(out, results)
