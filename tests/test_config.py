@@ -468,6 +468,7 @@ def test_amounts_are_above_zero(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
+        "device_memory_gib",
         "optimizer.weight_decay",
         "episode.max_searches",
         "eval.every",
