@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "extensions",
         "launcher",
     ),
-    ("policy", "zero", "model_shape", "judge"),
+    ("policy", "zero", "model_shape", "judge", "out_of_memory"),
     ("engine", "actor", "reference", "tools", "records", "scoring", "validation", "plan", "failures"),
     ("rollout", "weight_sync", "checkpoint", "objective", "samples"),
     ("evaluation", "warmstart", "sources", "update", "collect", "overlap"),

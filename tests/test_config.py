@@ -471,6 +471,7 @@ def test_amounts_are_above_zero(name: str) -> None:
     "name",
     [
         "processes",
+        "device_memory_gib",
         "optimizer.weight_decay",
         "episode.max_searches",
         "eval.every",

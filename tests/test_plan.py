@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from searchrl.config import (
 )
 from searchrl.model_shape import KNOWN_SHAPES, ModelShape, find_shape, read_shape
 from searchrl.models import ModelError, resolve_model
-from searchrl.plan import GIB, MemoryPlan, describe, plan_memory, plan_tokens, summary
+from searchrl.plan import MemoryPlan, Phase, describe, plan_memory, plan_tokens, summary
+from searchrl.plan.memory import GIB, SYNC_BUCKET_ELEMENTS, layer_activations
 from searchrl.policy import add_adapters, load_model
 
 SMALL = ModelShape(
@@ -140,7 +140,12 @@ def config(dtype: DType = DType.bfloat16, zero_stage: int = 2) -> Config:
 
 def units(plan: MemoryPlan, parameters: int) -> tuple[float, float, float, float]:
     """Bytes a parameter: weights, gradients, optimizer, gradients of the step."""
-    amounts = (plan.parameters, plan.gradients, plan.optimizer, plan.step_gradients)
+    amounts = [
+        plan.amount("parameters", Phase.update) + plan.amount("gathered by ZeRO-3", Phase.update),
+        plan.amount("gradients", Phase.update),
+        plan.amount("optimizer", Phase.update),
+        plan.amount("fp32 gradients", Phase.step),
+    ]
     return tuple(round(amount / parameters, 2) for amount in amounts)  # type: ignore[return-value]
 
 
@@ -167,7 +172,11 @@ def test_model_states(
 def test_at_stage_three_a_large_model_is_gathered_in_parts() -> None:
     shape = KNOWN_SHAPES["Qwen/Qwen2.5-7B"]
     plan = plan_memory(config(zero_stage=3), shape, world_size=8)
-    assert plan.parameters == 2 * (shape.parameters // 8 + 1_000_000_000)
+    assert plan.amount("parameters", Phase.rollout) == 2 * (shape.parameters // 8)
+    assert plan.amount("gathered by ZeRO-3", Phase.update) == 2 * 1_000_000_000
+    assert (
+        plan.amount("sync bucket", Phase.sync) == 2 * 152_064 * 3584
+    )  # the head alone is larger than a bucket
 
 
 def test_the_cache_holds_whole_blocks() -> None:
@@ -179,27 +188,39 @@ def test_the_cache_holds_whole_blocks() -> None:
 
 def test_what_a_reference_and_adapters_change() -> None:
     cfg, shape = config(), KNOWN_SHAPES["Qwen/Qwen2.5-3B"]
-    assert plan_memory(cfg, shape, world_size=2).reference == 0
+    assert plan_memory(cfg, shape, world_size=2).amount("reference model", Phase.load) == 0
     cfg.loss.kl_coef = 0.001
     full = plan_memory(cfg, shape, world_size=2)
-    assert full.reference == 2 * shape.parameters
+    assert full.amount("reference model", Phase.load) == 2 * shape.parameters
     cfg.model.lora = LoraConfig(rank=8)
     adapted = plan_memory(cfg, shape, world_size=2)
     trained = shape.adapter_parameters(8, ())
-    assert adapted.reference == 0
-    assert adapted.parameters == 2 * (shape.parameters + trained)
-    assert adapted.optimizer == 6 * trained
-    assert adapted.head == 1024 * shape.vocabulary * (2 * 4 + 2)  # the forward pass: no gradient of the head
-    assert full.head == 1024 * shape.vocabulary * (4 + 2) + shape.vocabulary * shape.hidden * (4 + 2)
+    assert adapted.amount("reference model", Phase.load) == 0
+    assert adapted.amount("parameters", Phase.load) == 2 * (shape.parameters + trained)
+    assert adapted.amount("optimizer", Phase.load) == 6 * trained
+    chunk, head = 1024 * shape.vocabulary, shape.vocabulary * shape.hidden
+    assert adapted.amount("head", Phase.update) == chunk * (
+        2 * 4 + 2
+    )  # the forward pass: no gradient of the head
+    assert full.amount("head", Phase.update) == (chunk + head) * (4 + 2)
+    assert full.amount("head", Phase.logprob) == chunk * (2 * 4 + 2)
+    merged = 2048 * 11008  # an MLP weight: in fp32, the sum, and the result
+    assert adapted.amount("sync bucket", Phase.sync) == merged * (4 + 4 + 2)
+    assert full.amount("sync bucket", Phase.sync) == 0
 
 
 def test_a_cpu_packs_a_tied_head_twice() -> None:
     cfg = config(DType.float32, 0)
-    on_gpu = plan_memory(cfg, SMALL, world_size=1).engine_weights
+    on_gpu = plan_memory(cfg, SMALL, world_size=1).amount("engine weights", Phase.rollout)
     cfg.device = Device.cpu
-    assert plan_memory(cfg, SMALL, world_size=1).engine_weights - on_gpu == 4 * 10 * 8
+    assert (
+        plan_memory(cfg, SMALL, world_size=1).amount("engine weights", Phase.rollout) - on_gpu == 4 * 10 * 8
+    )
     untied = replace(SMALL, is_tied=False)
-    assert plan_memory(cfg, untied, world_size=1).engine_weights == 4 * untied.parameters
+    assert (
+        plan_memory(cfg, untied, world_size=1).amount("engine weights", Phase.rollout)
+        == 4 * untied.parameters
+    )
 
 
 def test_ranks_that_hold_an_engine_split_its_weights_and_heads() -> None:
@@ -207,7 +228,7 @@ def test_ranks_that_hold_an_engine_split_its_weights_and_heads() -> None:
     cfg.engine = EngineConfig(kv_cache_gib=2000 / GIB, block_size=4, tensor_parallel=4)
     shape = replace(SMALL, heads=4, kv_heads=2)
     plan = plan_memory(cfg, shape, world_size=4)
-    assert plan.engine_weights == 2 * -(-shape.parameters // 4)
+    assert plan.amount("engine weights", Phase.rollout) == 2 * -(-shape.parameters // 4)
     # A token: 2 x 3 layers x 1 head of 2 x 4 numbers x 2 bytes = 48; a block of four 192; ten fit in 2,000.
     assert plan.kv_tokens == 40
 
@@ -216,29 +237,60 @@ def test_the_head_by_hand() -> None:
     cfg = config(DType.float32, 0)
     cfg.batching.logprob_chunk = 100
     chunk, weight = 100 * 10 * 4, 10 * 8 * 4
-    assert plan_memory(cfg, SMALL, world_size=1).head == 2 * chunk  # the forward pass
+    assert plan_memory(cfg, SMALL, world_size=1).amount("head", Phase.update) == 2 * chunk  # the forward pass
     cfg.loss.entropy_coef = 0.1
-    assert plan_memory(cfg, SMALL, world_size=1).head == 2 * chunk + weight  # the backward pass
+    assert (
+        plan_memory(cfg, SMALL, world_size=1).amount("head", Phase.update) == 2 * chunk + weight
+    )  # the backward pass
 
 
-def test_what_lives_together() -> None:
-    plan = MemoryPlan(
-        engine_weights=1,
-        kv_cache=2,
-        parameters=3,
-        optimizer=4,
-        reference=5,
-        gradients=10,
-        reduce_buffer=20,
-        activations=30,
-        head=40,
-        step_gradients=50,
-        engine_work=7,
-        kv_tokens=0,
+def test_what_lives_when() -> None:
+    """On GPUs the engine leaves for the update and the optimizer for the rollout; on a CPU all stays."""
+    cfg, shape = config(), KNOWN_SHAPES["Qwen/Qwen2.5-3B"]
+    cfg.loss.kl_coef = 0.001
+    parts = {
+        "engine weights": "rollout sync",
+        "key-value cache": "rollout sync",
+        "engine at work": "rollout",
+        "parameters": "load rollout logprob update step sync",
+        "optimizer": "load logprob update step",
+        "reference model": "load rollout logprob update step sync",
+        "gradients": "update step",
+        "ZeRO's bucket": "update",
+        "activations": "logprob update",
+        "head": "logprob update",
+        "fp32 gradients": "step",
+    }
+    plan = plan_memory(cfg, shape, world_size=4)
+    assert {part.name: " ".join(p for p in Phase if p in part.amounts) for part in plan.components} == parts
+    assert plan.offloaded == plan.amount("optimizer", Phase.update)
+    cfg.device = Device.cpu
+    plan = plan_memory(cfg, shape, world_size=4)
+    always = [part.name for part in plan.components if len(part.amounts) == len(Phase)]
+    assert always == ["engine weights", "key-value cache", "parameters", "optimizer", "reference model"]
+    assert plan.offloaded == 0
+
+
+def test_an_evaluation_is_an_engine() -> None:
+    plan = plan_memory(config(), KNOWN_SHAPES["Qwen/Qwen2.5-3B"], world_size=4, training=False)
+    assert plan.phases == [Phase.load, Phase.rollout]
+    assert [part.name for part in plan.components] == ["engine weights", "key-value cache", "engine at work"]
+
+
+def test_the_total_of_a_phase_may_trust_estimates_less() -> None:
+    plan = plan_memory(config(), SMALL, world_size=1)
+    exact = sum(
+        plan.amount(name, Phase.rollout) for name in ("engine weights", "key-value cache", "parameters")
     )
-    assert (plan.resident, plan.update, plan.peak) == (15, 100, 115)
-    assert replace(plan, step_gradients=95).update == 105
-    assert replace(plan, engine_work=200).peak == 215
+    work = plan.amount("engine at work", Phase.rollout)
+    assert plan.total(Phase.rollout) == exact + work
+    assert plan.total(Phase.rollout, estimates=0.5) == exact + work // 2
+
+
+def test_the_actor_gathers_what_is_planned() -> None:
+    from searchrl import actor
+
+    assert actor.SYNC_BUCKET_ELEMENTS == SYNC_BUCKET_ELEMENTS
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
@@ -276,7 +328,7 @@ def test_activations_are_what_torch_keeps(is_packed: bool) -> None:
     cfg = config(DType.float32, 0)
     cfg.batching.max_tokens = cfg.episode.max_context_tokens = tokens
     cfg.batching.packing = is_packed
-    planned = plan_memory(cfg, shape, world_size=1).activations
+    planned = plan_memory(cfg, shape, world_size=1).amount("activations", Phase.update)
     assert planned == pytest.approx(sum(kept.values()), rel=0.15)
 
 
@@ -284,9 +336,11 @@ def test_checkpointing_keeps_inputs_and_one_layer() -> None:
     cfg = config(DType.float32, 0)
     cfg.batching.packing = False
     cfg.batching.max_tokens = cfg.episode.max_context_tokens = 10
-    everything = plan_memory(cfg, SMALL, world_size=1).activations
+    everything = plan_memory(cfg, SMALL, world_size=1).amount("activations", Phase.update)
     cfg.model.gradient_checkpointing = True
-    assert plan_memory(cfg, SMALL, world_size=1).activations == everything // 3 + 3 * 10 * 8 * 4
+    plan = plan_memory(cfg, SMALL, world_size=1)
+    assert plan.amount("activations", Phase.update) == everything // 3 + 3 * 10 * 8 * 4
+    assert plan.amount("activations", Phase.logprob) == layer_activations(cfg, SMALL) == everything // 3
 
 
 # --- tokens ---------------------------------------------------------------------------------------------
@@ -341,18 +395,19 @@ def test_without_data_or_shape_the_plan_says_so(tmp_path: Path, monkeypatch: pyt
     assert "memory unknown" in summary(cfg, world_size=1)
 
 
-def test_every_line_of_the_plan_adds_up(tmp_path: Path) -> None:
-    cfg = deepcopy(config())
-    cfg.model.path = "Qwen/Qwen2.5-3B"
-    cfg.loss.kl_coef = 0.001
+@pytest.mark.parametrize("device", list(Device))
+def test_every_column_of_the_table_adds_up(device: Device) -> None:
+    cfg = config()
+    cfg.device, cfg.model.path, cfg.loss.kl_coef = device, "Qwen/Qwen2.5-3B", 0.001
     lines = describe(cfg, world_size=4).splitlines()
-    amounts = {line[2:36].strip(): float(line[36:44]) for line in lines if line[41:42] == "."}
-    resident = ("engine: weights", "engine: key-value cache", "trainer: parameters", "trainer: optimizer")
-    assert amounts["resident"] == pytest.approx(
-        sum(amounts[name] for name in (*resident, "reference model")), abs=0.03
-    )
-    update = ("gradients", "ZeRO's bucket", "~ activations", "~ head")
-    assert amounts["peak"] == pytest.approx(
-        amounts["resident"] + sum(amounts[f"update: {name}"] for name in update), abs=0.05
-    )
-    assert f"about {amounts['peak']:.1f} GiB a rank" in summary(cfg, world_size=4)
+    start = next(number for number, line in enumerate(lines) if line.split() == list(Phase))
+    table = {
+        line[2:22].strip(): [float(line[22 + 9 * i : 31 + 9 * i].strip() or 0) for i in range(len(Phase))]
+        for line in lines[start + 1 : -1]
+    }
+    sums = table.pop("sum")
+    assert "~ activations" in table
+    for number, total in enumerate(sums):
+        assert total == pytest.approx(sum(row[number] for row in table.values()), abs=0.06)
+    assert lines[-1].startswith(f"  peak {max(sums):.2f} GiB, in update")
+    assert f"about {max(sums):.1f} GiB a rank, in update" in summary(cfg, world_size=4)

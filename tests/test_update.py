@@ -81,7 +81,7 @@ def make_actor(path: Path, world: World, lr: float) -> Actor:
 
 def on_policy(actor: Actor, world: World) -> list[Sample]:
     """The samples as the trainer itself would have sampled them."""
-    batches = prepare_update(actor, None, SAMPLES, cfg=Config(), world=world).minibatches[0]
+    batches = prepare_update(actor, None, SAMPLES, cfg=Config(), world=world).cut.minibatches[0]
     logprobs = {
         name: values
         for batch, flat in zip(batches, actor.logprobs(batches), strict=True)
@@ -200,7 +200,11 @@ def test_a_step_that_lost_every_token_is_left_out_and_counted(tiny_model: Path, 
 def test_no_samples_no_steps(actor: Actor, world: World) -> None:
     update = prepare_update(actor, None, [], cfg=Config(), world=world)
     metrics = apply_update(update, actor, epochs=3, step=0)
-    assert metrics == {"update/optimizer_steps": 0.0, "update/skipped_steps": 0.0}
+    assert metrics == {
+        "update/optimizer_steps": 0.0,
+        "update/skipped_steps": 0.0,
+        "update/oom_retries": 0.0,
+    }
 
 
 def test_steps_are_epochs_times_mini_batches(tiny_model: Path, world: World) -> None:
@@ -210,9 +214,10 @@ def test_steps_are_epochs_times_mini_batches(tiny_model: Path, world: World) -> 
         loss=LossConfig(kind=LossKind.clip, llds_coef=0.5), update=UpdateConfig(epochs=2, minibatches=3)
     )
     update = prepare_update(actor, None, SAMPLES, cfg=cfg, world=world)
-    assert len(update.minibatches) == len(update.denominators) == 3
+    assert len(update.cut.minibatches) == len(update.denominators) == 3
     assert sum(update.denominators) == TOKENS
-    first = replace(update, minibatches=update.minibatches[:1], denominators=update.denominators[:1])
+    cut = replace(update.cut, samples=update.cut.samples[:1])
+    first = replace(update, cut=cut, denominators=update.denominators[:1])
     metrics = apply_update(first, actor, epochs=1, step=0)
     assert metrics["loss/ratio"] == 1.0, "exactly: π_old is the current policy"
     assert metrics["loss/llds"] == 0.0
@@ -230,7 +235,7 @@ def test_a_penalty_in_the_reward_is_the_kl_of_the_whole_trajectory(
     cfg = Config(loss=loss, batching=BatchingConfig(max_tokens=64))
     penalties = reward_penalties(actor, reference, SAMPLES, cfg=cfg, world=world)
     assert penalties.keys() == {sample.id for sample in SAMPLES}
-    batches = prepare_update(actor, None, SAMPLES[:1], cfg=Config(), world=world).minibatches[0]
+    batches = prepare_update(actor, None, SAMPLES[:1], cfg=Config(), world=world).cut.minibatches[0]
     current, ref = actor.logprobs(batches)[0], reference.logprobs(batches)[0]
     assert penalties[SAMPLES[0].id] == pytest.approx(0.5 * float((current - ref).sum()), rel=1e-4)
     update = prepare_update(actor, reference, SAMPLES, cfg=cfg, world=world)

@@ -23,6 +23,7 @@ from searchrl.config import DType, ModelConfig, OptimizerConfig, Schedule
 from searchrl.distributed import World, reduce_values, seed_everything
 from searchrl.errors import SearchrlError
 from searchrl.offload import Offloaded
+from searchrl.out_of_memory import accumulate, run_passes
 from searchrl.phases import Events, no_events
 from searchrl.policy import (
     PolicyModel,
@@ -160,14 +161,20 @@ class Actor:
 
         Raises:
             OffloadedError: between ``offload`` and ``reload``.
+            OutOfMemoryError: memory ran out; no step was made.
         """
         self._need_states()
         most = int(reduce_values([float(len(batches))], "max")[0])
         padding = [empty_microbatch() for _ in range(most - len(batches))]
-        for batch in [*batches, *padding]:
-            # DeepSpeed averages gradients over ranks; ours are shares of one global sum.
-            loss = loss_sum(self.forward(batch)) * (self._world.size / denominator)
-            self._engine.backward(loss, scale_wrt_gas=False)
+        # DeepSpeed averages gradients over ranks; ours are shares of one global sum.
+        scale = self._world.size / denominator
+        accumulate(
+            self._engine,
+            [*batches, *padding],
+            lambda batch: loss_sum(self.forward(batch)) * scale,
+            zero_stage=self._zero_stage,
+            world=self._world,
+        )
         lr = learning_rate(self._optimizer_config, step, self._total_steps)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
@@ -177,9 +184,13 @@ class Actor:
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Log-probabilities of each micro-batch's loss tokens, [N] each. A collective under ZeRO-3."""
+        """Log-probabilities of each micro-batch's loss tokens, [N] each. A collective.
+
+        Raises:
+            OutOfMemoryError: memory ran out.
+        """
         most = int(reduce_values([float(len(batches))], "max")[0])
-        outputs = [self.forward(batch).logprobs for batch in batches]
+        outputs = run_passes(batches, lambda batch: self.forward(batch).logprobs, zero_stage=self._zero_stage)
         for _ in range(most - len(batches)):
             self.forward(empty_microbatch())
         if self._zero_stage == 3:  # a forward without backward leaves parameters gathered

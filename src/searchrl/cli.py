@@ -141,6 +141,7 @@ def _train(args: argparse.Namespace) -> None:
     from searchrl.plan import summary
 
     cfg, resolved = load_config(args.overrides)
+    _check_memory(cfg)
     _claim_run_dir(cfg, resolved)
     if _launched(args, cfg):
         return
@@ -154,6 +155,7 @@ def _train(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     cfg, resolved = load_config(args.overrides, training=False)
+    _check_memory(cfg, training=False)
     _claim_run_dir(cfg, resolved, training=False)
     if _launched(args, cfg):
         return
@@ -185,6 +187,9 @@ def _validate(args: argparse.Namespace) -> None:
         f"{cfg.steps * cfg.groups_per_step * cfg.group_size} in all; run directory {cfg.run_dir}"
     )
     print(describe(cfg, world_size=world_size(cfg)))
+    if cfg.device_memory_gib:
+        _check_memory(cfg)
+        print(f"  fits {cfg.device_memory_gib:g} GiB")
 
 
 def _warmstart(args: argparse.Namespace) -> None:
@@ -233,6 +238,15 @@ def _serve(args: argparse.Namespace) -> None:
     from searchrl.retrieval.server import main as serve
 
     serve(args.rest)
+
+
+def _check_memory(cfg: Config, *, training: bool = True) -> None:
+    """Refuse a run whose plan cannot fit; one rank of a machine speaks for all."""
+    from searchrl.launcher import local_ranks, world_size
+    from searchrl.plan import check_fits
+
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        check_fits(cfg, world_size=world_size(cfg), local_ranks=local_ranks(cfg), training=training)
 
 
 def _claim_run_dir(cfg: Config, resolved: dict[str, Any], *, training: bool = True) -> None:

@@ -46,6 +46,7 @@ class Phases:
         self._memory: _Memory = _HostMemory() if device == "cpu" else _DeviceMemory()
         self._seconds: dict[str, float] = {}
         self._peaks: dict[str, int] = {}
+        self._baseline = self._memory.peak()
 
     def event(self, event: str, **details: object) -> None:
         """Write a line: ``step``, ``event``, ``time`` in seconds since 1970, and the details."""
@@ -73,15 +74,16 @@ class Phases:
         """What was measured since the last call. A collective.
 
         ``time/<phase>`` in seconds and their sum ``time/step``; ``memory/<phase>_peak_gib``, the most of any
-        rank.
+        rank, and ``memory/baseline_gib``, what it used before anything was loaded.
         """
         seconds, peaks = self._seconds, self._peaks
         self._seconds, self._peaks = {}, {}
-        highest = reduce_values([peak / GIB for peak in peaks.values()], "max")
+        *highest, baseline = reduce_values([peak / GIB for peak in (*peaks.values(), self._baseline)], "max")
         return {
             **{f"time/{phase}": value for phase, value in seconds.items()},
             "time/step": sum(seconds.values()),
             **{f"memory/{phase}_peak_gib": value for phase, value in zip(peaks, highest, strict=True)},
+            "memory/baseline_gib": baseline,
         }
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from searchrl.batching import MicroBatch
 from searchrl.config import ModelConfig
 from searchrl.distributed import World
 from searchrl.offload import Offloaded
+from searchrl.out_of_memory import run_passes
 from searchrl.policy import PolicyModel, load_model, runs_on_trees, token_outputs
 
 
@@ -46,13 +47,14 @@ class Reference:
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Log-probabilities of each micro-batch's loss tokens, fp32 [N] each."""
+        """Log-probabilities of each micro-batch's loss tokens, fp32 [N] each. A collective."""
+
+        def run(batch: MicroBatch) -> Tensor:
+            return token_outputs(self._policy, batch.to(self._world.device), self._use_tree).logprobs
+
         if self._offloaded is not None:
             self._offloaded.reload()
-        outputs = [
-            token_outputs(self._policy, batch.to(self._world.device), self._use_tree).logprobs
-            for batch in batches
-        ]
+        outputs = run_passes(batches, run, zero_stage=0)
         if self._offloaded is not None:
             self._offloaded.release()
         return outputs

@@ -28,7 +28,9 @@ from searchrl.evaluation.results import AnswerLog, Result, load_results, save_re
 from searchrl.evaluation.rollouts import evaluate
 from searchrl.failures import check_failures
 from searchrl.metrics import MetricLog, Tally, read_records
+from searchrl.out_of_memory import TokenBudget
 from searchrl.overlap import Rollouts
+from searchrl.plan import MEMORY_COLUMNS, memory_rows
 from searchrl.policy import ReferencePolicy
 from searchrl.records import policy_lag, rollout_tally, write_trajectories
 from searchrl.reference import Reference
@@ -66,6 +68,7 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
         first = sync(env.runner, version=start)
         env.console.say(f"sync: engine and trainer agree to {first.probe_max_abs_diff:.2g} nats")
         before = _evaluate_before(run, start)
+        budget = TokenBudget(tokens=cfg.batching.max_tokens, say=env.console.say)
 
         for step in range(start, cfg.steps):
             if watch.must_stop():
@@ -77,8 +80,8 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
             with phases("swap"):
                 _make_room(run, actor)
             with phases("logprob"):
-                samples, penalized = _samples(run, actor, reference, played.collected.chosen)
-                update = prepare_update(actor, reference, samples, cfg=cfg, world=env.world)
+                samples, penalized = _samples(run, actor, reference, played.collected.chosen, budget)
+                update = prepare_update(actor, reference, samples, cfg=cfg, world=env.world, budget=budget)
             with phases("update"):
                 updated = apply_update(update, actor, epochs=cfg.update.epochs, step=step)
             with phases("rollout"):
@@ -170,13 +173,19 @@ def _take(run: Run, rollouts: Rollouts[Played], step: int) -> Played:
 
 
 def _samples(
-    run: Run, actor: Actor, reference: ReferencePolicy | None, scored: Sequence[ScoredGroup]
+    run: Run,
+    actor: Actor,
+    reference: ReferencePolicy | None,
+    scored: Sequence[ScoredGroup],
+    budget: TokenBudget,
 ) -> tuple[list[Sample], dict[str, float]]:
     """This rank's samples with their advantages, and metrics of a KL penalty in the reward."""
     cfg, world = run.env.cfg, run.env.world
     penalties: dict[str, float] = {}
     if reference is not None and cfg.loss.kl_in is KlPlacement.reward:
-        penalties = reward_penalties(actor, reference, unscored_samples(scored), cfg=cfg, world=world)
+        penalties = reward_penalties(
+            actor, reference, unscored_samples(scored), cfg=cfg, world=world, budget=budget
+        )
     tally = Tally()
     for penalty in penalties.values():
         tally.add("reward/kl_penalty", penalty)
@@ -338,5 +347,11 @@ def _report(run: Run, before: list[Result] | None, after: list[Result], final: P
         if run.env.world.is_main:
             rows = [dict(zip(COMPARISON_COLUMNS, row, strict=True)) for row in comparison_rows(before, after)]
             (run.env.run_dir / "comparison.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
+    memory = memory_rows(
+        run.env.cfg, read_records(run.env.run_dir, run.env.cfg.steps), world_size=run.env.world.size
+    )
+    if memory:
+        title = "memory of a rank at its peak, GiB, without what libraries take"
+        run.env.console.table(title, MEMORY_COLUMNS, memory)
     run.env.console.say(f"model: {final}\nmetrics: {run.env.run_dir / 'metrics.jsonl'}")
     run.env.console.say(f"trajectories: {run.env.run_dir / 'trajectories'}")

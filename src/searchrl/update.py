@@ -8,12 +8,12 @@ steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from searchrl.actor import Actor
+from searchrl.actor import Actor, StepStats
 from searchrl.algorithm.aggregation import denominator
 from searchrl.algorithm.importance import CustomWeights, ImportanceInputs, correct, needs_global
 from searchrl.algorithm.losses import CustomLoss, kl_penalty
@@ -32,6 +32,7 @@ from searchrl.config import (
 from searchrl.distributed import World, gather_objects, reduce_values
 from searchrl.extensions import load_function
 from searchrl.objective import KnownTerms, PolicyObjective, reduce_totals
+from searchrl.out_of_memory import OutOfMemoryError, TokenBudget
 from searchrl.policy import ReferencePolicy
 from searchrl.trajectory import Sample
 
@@ -40,18 +41,57 @@ BySample = dict[str, Tensor]
 
 
 @dataclass(kw_only=True, slots=True)
+class Cut:
+    """This rank's samples as micro-batches, which are cut again where memory runs out."""
+
+    samples: list[list[Sample]]
+    """Of each optimizer step of an epoch; none, where other ranks have all."""
+    cfg: Config
+    budget: TokenBudget
+    minibatches: list[list[MicroBatch]] = field(init=False)
+    """The same as micro-batches."""
+
+    def __post_init__(self) -> None:
+        self.minibatches = [make_batches(part, self.cfg, self.budget.tokens) for part in self.samples]
+
+    @property
+    def batches(self) -> list[MicroBatch]:
+        """Those of all optimizer steps."""
+        return [batch for part in self.minibatches for batch in part]
+
+    def smaller(self, failure: OutOfMemoryError) -> None:
+        """Cut into smaller micro-batches, alike on all ranks.
+
+        Raises:
+            OutOfMemoryError: that cannot help; names what would.
+        """
+        try:
+            self.budget.lower(failure)
+        except OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"{error}; {_knobs(self.cfg)}", tokens=error.tokens, can_retry=False
+            ) from error
+        self.__post_init__()
+
+
+@dataclass(kw_only=True, slots=True)
 class Update:
     """All optimizer steps on one rollout, as far as this rank takes part."""
 
-    minibatches: list[list[MicroBatch]]
-    """This rank's micro-batches of each optimizer step of an epoch; none, where others have all."""
+    cut: Cut
     denominators: list[float]
     """What each step's loss is divided by: the same on all ranks."""
     objective: PolicyObjective
 
 
 def prepare_update(
-    actor: Actor, reference: ReferencePolicy | None, samples: Sequence[Sample], *, cfg: Config, world: World
+    actor: Actor,
+    reference: ReferencePolicy | None,
+    samples: Sequence[Sample],
+    *,
+    cfg: Config,
+    world: World,
+    budget: TokenBudget | None = None,
 ) -> Update:
     """Cut, spread, and find out what has to be known before the first step. A collective.
 
@@ -61,15 +101,22 @@ def prepare_update(
         samples: this rank's; those of other ranks are fetched.
         cfg: the run's.
         world: this rank.
+        budget: the run's; None: ``batching.max_tokens``, for this update alone.
 
     Raises:
         NonFiniteError: a log-probability is NaN or infinite; names the trajectories.
+        OutOfMemoryError: memory ran out, and smaller micro-batches cannot help.
     """
     everything = [sample for part in gather_objects(list(samples)) for sample in part]
     parts = split_minibatches(everything, cfg.update.minibatches)
-    minibatches = [make_batches(balance(part, world.size)[world.rank], cfg) for part in parts]
-    batches = [batch for part in minibatches for batch in part]
-    sampling = _by_sample(batches, [batch.sampling_logprobs[batch.loss_mask] for batch in batches], world)
+    cut = Cut(
+        samples=[balance(part, world.size)[world.rank] for part in parts],
+        cfg=cfg,
+        budget=budget or TokenBudget(tokens=cfg.batching.max_tokens),
+    )
+    sampling = _by_sample(
+        cut.batches, [batch.sampling_logprobs[batch.loss_mask] for batch in cut.batches], world
+    )
     custom_weights = _custom_weights(cfg)
     bypass = cfg.update.old_policy is OldPolicy.rollout
     old = ref = weights = keep = None
@@ -77,12 +124,12 @@ def prepare_update(
     if bypass:
         old = sampling
     elif cfg.update.epochs * len(parts) > 1 or needs_global(cfg.importance):
-        old = _by_sample(batches, actor.logprobs(batches), world)
+        old = _logprobs(actor, cut, world)
         weights, keep, totals = _corrections(old, sampling, cfg.importance, custom_weights, world)
     if reference is not None and cfg.loss.kl_in is KlPlacement.loss:
-        ref = _by_sample(batches, reference.logprobs(batches), world)
+        ref = _logprobs(reference, cut, world)
     counted = None if cfg.importance.dropped_in_denominator else keep
-    denominators = [_denominator(part, cfg.loss.aggregation, counted, world) for part in minibatches]
+    denominators = [_denominator(part, cfg.loss.aggregation, counted, world) for part in cut.minibatches]
     objective = PolicyObjective(
         loss=cfg.loss,
         importance=cfg.importance,
@@ -93,9 +140,7 @@ def prepare_update(
         old_is_current=not bypass,
         importance_totals=totals,
     )
-    return Update(
-        minibatches=minibatches, denominators=reduce_values(denominators, "sum"), objective=objective
-    )
+    return Update(cut=cut, denominators=reduce_values(denominators, "sum"), objective=objective)
 
 
 def apply_update(update: Update, actor: Actor, *, epochs: int, step: int) -> dict[str, float]:
@@ -109,49 +154,91 @@ def apply_update(update: Update, actor: Actor, *, epochs: int, step: int) -> dic
         actor: the policy.
         epochs: passes over the mini-batches.
         step: steps of the run already done, for the learning rate.
+
+    Raises:
+        OutOfMemoryError: memory ran out, and smaller micro-batches cannot help.
     """
-    objective, losses, norms, skipped, lr = update.objective, [], [], 0, None
+    losses, norms, skipped, lr = [], [], 0, None
     for _ in range(epochs):
-        for batches, divisor in zip(update.minibatches, update.denominators, strict=True):
+        for part, divisor in enumerate(update.denominators):
             if divisor == 0:
                 skipped += 1
                 continue
-            objective.loss_sum = 0.0
-            stats = actor.update(batches, objective, denominator=divisor, step=step)
-            objective.old_is_current = False
-            losses.append(reduce_values([objective.loss_sum], "sum")[0] / divisor)
+            stats = _make_step(update, actor, part, step)
+            losses.append(reduce_values([update.objective.loss_sum], "sum")[0] / divisor)
             norms.append(stats.grad_norm)
             lr = stats.lr
     metrics = {"update/optimizer_steps": float(len(losses)), "update/skipped_steps": float(skipped)}
+    metrics["update/oom_retries"] = float(update.cut.budget.take_retries())
     if lr is not None:
         metrics |= {"loss/total": sum(losses) / len(losses), "update/lr": lr}
         metrics["update/grad_norm"] = sum(norms) / len(norms)
-    return metrics | objective.metrics()
+    return metrics | update.objective.metrics()
+
+
+def _make_step(update: Update, actor: Actor, part: int, step: int) -> StepStats:
+    """One optimizer step on the micro-batches of ``part``; smaller ones as long as memory runs out."""
+    while True:
+        # A copy, so that the totals of an attempt that failed are counted nowhere.
+        attempt = replace(update.objective, loss_sum=0.0)
+        try:
+            stats = actor.update(
+                update.cut.minibatches[part], attempt, denominator=update.denominators[part], step=step
+            )
+        except OutOfMemoryError as failure:
+            update.cut.smaller(failure)
+        else:
+            update.objective = replace(attempt, old_is_current=False)
+            return stats
 
 
 def reward_penalties(
-    actor: Actor, reference: ReferencePolicy, samples: Sequence[Sample], *, cfg: Config, world: World
+    actor: Actor,
+    reference: ReferencePolicy,
+    samples: Sequence[Sample],
+    *,
+    cfg: Config,
+    world: World,
+    budget: TokenBudget | None = None,
 ) -> dict[str, float]:
     """``loss.kl_coef`` x the KL of the sampling to the reference policy, summed over tokens, by sample id.
 
-    For ``loss.kl_in=reward``. A collective.
+    For ``loss.kl_in=reward``. ``budget``: as for ``prepare_update``. A collective.
     """
-    batches = make_batches(samples, cfg)
-    current = _by_sample(batches, actor.logprobs(batches), world)
-    ref = _by_sample(batches, reference.logprobs(batches), world)
+    cut = Cut(samples=[list(samples)], cfg=cfg, budget=budget or TokenBudget(tokens=cfg.batching.max_tokens))
+    current, ref = _logprobs(actor, cut, world), _logprobs(reference, cut, world)
     return {
         name: cfg.loss.kl_coef * float(kl_penalty(current[name], ref[name], cfg.loss.kl_estimator).sum())
         for name in current
     }
 
 
-def make_batches(samples: Sequence[Sample], cfg: Config) -> list[MicroBatch]:
+def make_batches(samples: Sequence[Sample], cfg: Config, max_tokens: int) -> list[MicroBatch]:
     """Micro-batches within the token budget, packed or padded."""
     if not cfg.batching.packing:
-        return pad(samples, cfg.batching.max_tokens)
+        return pad(samples, max_tokens)
     # FlashAttention takes no mask, so it cannot run on a tree of prefixes.
     shares = cfg.model.attention is Attention.sdpa
-    return pack(samples, cfg.batching.max_tokens, share_prefixes=shares)
+    return pack(samples, max_tokens, share_prefixes=shares)
+
+
+def _logprobs(policy: Actor | ReferencePolicy, cut: Cut, world: World) -> BySample:
+    """Log-probabilities of this rank's samples; in smaller micro-batches as long as memory runs out."""
+    while True:
+        try:
+            return _by_sample(cut.batches, policy.logprobs(cut.batches), world)
+        except OutOfMemoryError as failure:
+            cut.smaller(failure)
+
+
+def _knobs(cfg: Config) -> str:
+    """What lowers the memory of a single micro-batch, with its values."""
+    checkpointing = "" if cfg.model.gradient_checkpointing else "model.gradient_checkpointing=true or "
+    return (
+        f"try {checkpointing}lower values of batching.max_tokens={cfg.batching.max_tokens}, "
+        f"batching.logprob_chunk={cfg.batching.logprob_chunk}, engine.kv_cache_gib="
+        f"{cfg.engine.kv_cache_gib:g} or episode.max_context_tokens={cfg.episode.max_context_tokens}"
+    )
 
 
 def _corrections(

@@ -88,3 +88,20 @@ def test_the_batches_differ_so_that_agreement_means_something(measured: dict[int
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_nothing_is_printed(measured: dict[int, Measured], ranks: int) -> None:
     assert measured[ranks].printed == ""
+
+
+RETRIED = [f"{where}/zero{stage}" for stage in (0, 1, 2) for where in ("forward", "backward")]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_that_memory_ran_out_in_is_made_with_less(
+    update_checks: dict[int, tuple[Path, Checks]], ranks: int
+) -> None:
+    """Weights and metrics are those of a run that had the smaller token budget from the start."""
+    found = update_checks[ranks][1].results["oom"]
+    assert set(found) == set(RETRIED if ranks == 1 else RETRIED[:-1])
+    for name, case in found.items():
+        assert case["retries"] >= 1, name
+        assert case["budget"] < 1_000, name
+        assert case["weights"] <= 1e-5, (name, case)
+        assert case["metrics"] <= 1e-5, (name, case)

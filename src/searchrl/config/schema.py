@@ -309,6 +309,9 @@ class Config:
     processes: int = 0
     """Ranks that the command starts on this machine; 0: one for each visible GPU, on a CPU one in all. Under
     torchrun, which decides, it must be left out."""
+    device_memory_gib: float = 0.0
+    """Memory of a device (on a CPU: of a rank) that the plan must fit; 0: what this machine has. `validate`
+    judges by this value alone: the machine that validates is often not the one that trains."""
     steps: int = 100
     """Steps: a rollout and the update on it, usually one optimizer step (see ``update``)."""
     groups_per_step: int = 32

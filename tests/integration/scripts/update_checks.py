@@ -1,11 +1,11 @@
-"""Gradients, golden numbers, offloading: ``update_checks OUT TIED UNTIED``; starting up is half of each."""
+"""Gradients, golden numbers, offloading, scarce memory: ``update_checks OUT TIED UNTIED``."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from integration.scripts import golden_checks, gradient_checks, offload_checks
+from integration.scripts import golden_checks, gradient_checks, offload_checks, oom_checks
 from integration.scripts.common import write_results
 from searchrl.actor import init_communication
 from searchrl.distributed import init_world
@@ -19,6 +19,7 @@ def main(out: Path, tied: Path, untied: Path) -> None:
         "gradients": gradient_checks.check(out, tied, untied, world),
         "golden": golden_checks.check(tied, world),
         "offload": offload_checks.check(tied, world),
+        "oom": oom_checks.check(tied, world),
     }
     if world.is_main:
         write_results(out, results)
