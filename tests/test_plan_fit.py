@@ -247,13 +247,12 @@ def test_a_run_that_cannot_fit_ends_before_anything_loads(command: str, shipped_
 
 
 def test_validate_judges_by_the_stated_memory_alone(
-    shipped_files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    shipped_files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    main(["validate", "+experiment=nq_hotpotqa_7b", "device_memory_gib=80"])
+    main(["validate", "+experiment=nq_hotpotqa_7b", "processes=8", "device_memory_gib=80"])
     assert capsys.readouterr().out.endswith("  fits 80 GiB\n")
     with pytest.raises(ConfigError, match=r"a rank of 8 needs about .* GiB in phase \w+, but has 24.0 GiB"):
-        main(["validate", "+experiment=nq_hotpotqa_7b", "device_memory_gib=24"])
+        main(["validate", "+experiment=nq_hotpotqa_7b", "processes=8", "device_memory_gib=24"])
 
 
 # --- beside what was measured ---------------------------------------------------------------------------

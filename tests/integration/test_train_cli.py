@@ -328,6 +328,8 @@ TURNS = [  # of every step, DESIGN §4: what sleeps and moves on a GPU passes by
     ("phase_end", "logprob"),
     ("phase_start", "update"),
     ("phase_end", "update"),
+    ("phase_start", "rollout"),  # with overlap the step waits here for the next one
+    ("phase_end", "rollout"),
     ("phase_start", "swap"),
     ("actor_offload", True),
     ("phase_end", "swap"),

@@ -66,17 +66,13 @@ class Engine:
             world: this rank, and how many hold an engine together.
             events: hears of sleep, waking and new weights.
         """
-        from vllm import LLM
-
         self._team = Team(world)
         self._sleeps = config.sleep and world.device != "cpu"  # vLLM's CPU build cannot
         if world.device == "cpu":
             _name_shared_memory()
-        local_world_size = os.environ.get("LOCAL_WORLD_SIZE")
-        self._llm = LLM(
+        self._llm = _load(
             model=str(model),
             dtype=str(dtype),
-            distributed_executor_backend="external_launcher",
             tensor_parallel_size=world.engine_size,
             enforce_eager=config.enforce_eager or world.device == "cpu",
             max_model_len=max_context_tokens,
@@ -86,15 +82,9 @@ class Engine:
             enable_chunked_prefill=world.device != "cpu",
             kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),
             block_size=config.block_size,
-            enable_prefix_caching=True,
             enable_sleep_mode=self._sleeps,
-            logprobs_mode="processed_logprobs",
             seed=seed,
-            use_tqdm_on_load=False,
-            disable_log_stats=True,
         )
-        if local_world_size is not None:  # external_launcher overwrites it with the tensor-parallel size
-            os.environ["LOCAL_WORLD_SIZE"] = local_world_size
         seed_everything(seed)
         self._engine = self._llm.llm_engine
         self._thread = ThreadPoolExecutor(1, "engine", initializer=_enter_device, initargs=(world,))
@@ -288,6 +278,24 @@ class Engine:
         """Stop. Destroys the default process group as well, so it is the last thing a rank does."""
         self._thread.shutdown()
         self._engine.engine_core.shutdown()
+
+
+def _load(**settings: Any) -> Any:
+    """vLLM's engine with what never varies: one process a rank, and the log-probabilities really sampled."""
+    from vllm import LLM
+
+    local_world_size = os.environ.get("LOCAL_WORLD_SIZE")
+    llm = LLM(
+        distributed_executor_backend="external_launcher",
+        enable_prefix_caching=True,
+        logprobs_mode="processed_logprobs",
+        use_tqdm_on_load=False,
+        disable_log_stats=True,
+        **settings,
+    )
+    if local_world_size is not None:  # external_launcher overwrites it with the tensor-parallel size
+        os.environ["LOCAL_WORLD_SIZE"] = local_world_size
+    return llm
 
 
 def _enter_device(world: World) -> None:

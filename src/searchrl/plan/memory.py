@@ -70,7 +70,7 @@ class Residency:
     engine_sleeps: bool
     """Engine weights and key-value cache exist in rollout and sync only."""
     optimizer_offloads: bool
-    """Master weights and moments are in host memory during rollout and sync."""
+    """Master weights and moments are in host memory during rollout and sync, the reference while unused."""
 
 
 def residency(cfg: Config) -> Residency:
@@ -146,6 +146,7 @@ def plan_memory(cfg: Config, shape: ModelShape, *, world_size: int, training: bo
         components += _trainer(cfg, shape, world_size, kept)
         if kept.optimizer_offloads:
             offloaded = optimizer_states(cfg, trained_parameters(cfg, shape), world_size)
+            offloaded += reference(cfg, shape)
     components = [part for part in components if any(part.amounts.values())]
     assert all(phase in phases for part in components for phase in part.amounts)
     return MemoryPlan(components=tuple(components), kv_tokens=kv_tokens, offloaded=offloaded)
@@ -158,7 +159,7 @@ def _trainer(cfg: Config, shape: ModelShape, world_size: int, kept: Residency) -
     here = [phase for phase in Phase if phase not in (Phase.rollout, Phase.sync)]
     states = here if kept.optimizer_offloads else Phase
     passes, backward = (Phase.logprob, Phase.update), (Phase.update, Phase.step)
-    reference = shape.parameters * _size(cfg.model.dtype) if cfg.loss.kl_coef > 0 and not lora else 0
+    used = (Phase.load, Phase.logprob) if kept.optimizer_offloads else Phase
     adam = "fp32 master weights and moments" if cfg.deepspeed.zero_stage else "moments"
     checkpointing = "" if cfg.model.gradient_checkpointing else "far less with gradient_checkpointing"
     chunk = f"{cfg.batching.logprob_chunk:,} positions at a time"
@@ -166,7 +167,7 @@ def _trainer(cfg: Config, shape: ModelShape, world_size: int, kept: Residency) -
         _part("parameters", trainer_parameters(cfg, total, world_size), Phase),
         _part("gathered by ZeRO-3", gathered(cfg, shape, total, world_size), passes, is_estimate=True),
         _part("optimizer", optimizer_states(cfg, trained, world_size), states, note=adam),
-        _part("reference model", reference, Phase, note="loss.kl_coef=0 loads none"),
+        _part("reference model", reference(cfg, shape), used, note="loss.kl_coef=0 loads none"),
         _part("gradients", gradients(cfg, trained, world_size), backward),
         _part("ZeRO's bucket", reduce_buffer(cfg, trained), (Phase.update,)),
         Component(
@@ -184,6 +185,13 @@ def _trainer(cfg: Config, shape: ModelShape, world_size: int, kept: Residency) -
         _part("fp32 gradients", step_gradients(cfg, trained, world_size), (Phase.step,)),
         _part("sync bucket", sync_bucket(cfg, shape, total, world_size), (Phase.sync,), is_estimate=True),
     ]
+
+
+def reference(cfg: Config, shape: ModelShape) -> int:
+    """Whole on every rank, where a KL term needs it; adapters have theirs for free."""
+    if cfg.loss.kl_coef == 0 or cfg.model.lora.rank:
+        return 0
+    return shape.parameters * _size(cfg.model.dtype)
 
 
 def _part(
