@@ -6,15 +6,7 @@ import subprocess
 import sys
 
 POLICIES: dict[str, tuple[str, ...]] = {
-    "tiny": (
-        "+experiment=smoke",
-        "episode.max_context_tokens=768",
-        "episode.max_observation_tokens=96",
-        "episode.max_searches=2",
-        "warmstart.demonstrations=16",
-        "warmstart.two_hop_fraction=0.5",
-        "engine.kv_cache_gib=1",
-    ),
+    "tiny": ("+experiment=smoke",),
     "smollm2": ("+experiment=worldfacts",),
 }
 """Overrides by name: a random two-layer Llama of 0.3 million parameters, and SmolLM2-135M."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from simulation import Costs, Episode, Step, colocated, lognormal, split
+from simulation import Costs, Episode, Step, colocated, lognormal, rollout, split
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 LATENCIES_S = (0.0, 0.2, 1.0)
@@ -45,8 +45,11 @@ class Inputs:
         return cls(
             costs=Costs(**record["costs"]),
             groups=[
-                [Episode(prompt=prompt, turns=tuple((s, a) for s, a in turns)) for prompt, turns, *_ in group]
-                for group in record["groups"]
+                [
+                    Episode(prompt=prompt, turns=tuple((s, a) for s, a in turns), trained=trained)
+                    for prompt, turns, *_ in trajectories
+                ]
+                for trained, trajectories in record["groups"]
             ],
             groups_per_rank=record["groups_per_rank"],
             slots=record["slots"],
@@ -71,13 +74,11 @@ def mean_step(make: Callable[[int], Step], repeats: int) -> Step:
 def simulate(inputs: Inputs, repeats: int) -> None:
     """Print the tables."""
     costs, slots = inputs.costs, inputs.slots
-    alone = mean_step(
-        lambda seed: colocated(inputs.draw(1, seed), costs, lognormal(0.0, seed), slots=slots), repeats
+    alone = fmean(
+        rollout(inputs.draw(1, seed)[0], costs, lognormal(0.0, seed), slots=slots).seconds
+        for seed in range(4 * repeats)
     )
-    simulated = alone.seconds - costs.sync_s - update_s(inputs)
-    print(
-        f"One rank's rollout without latency: simulated {simulated:.1f} s, measured {inputs.rollout_s:.1f} s"
-    )
+    print(f"One rank's rollout without latency: simulated {alone:.1f} s, measured {inputs.rollout_s:.1f} s")
     for mean_s in LATENCIES_S:
         print(f"\nSearch latency {mean_s:g} s in the mean:\n")
         print(
@@ -91,7 +92,7 @@ def simulate(inputs: Inputs, repeats: int) -> None:
 
 def update_s(inputs: Inputs) -> float:
     """Mean seconds of one rank's update."""
-    tokens = fmean(sum(episode.tokens for episode in group) for group in inputs.groups)
+    tokens = fmean(sum(episode.tokens for episode in group if episode.trained) for group in inputs.groups)
     return inputs.costs.update_s + inputs.costs.token_s * tokens * inputs.groups_per_rank
 
 
@@ -162,9 +163,10 @@ def measure(run_dir: Path, policy: str, last_steps: int) -> None:
 
 
 def _groups(path: Path) -> list[list[Any]]:
-    """Every group's trajectories in tokens: [prompt, [[sampled, appended], …], parent, shared].
+    """Every group as [trained, trajectories]; these as [prompt, [[sampled, appended], …], parent, shared].
 
-    ``shared`` is how long a prefix the trajectory has in common with ``parent``, an earlier one of its group.
+    Lengths are in tokens. ``trained`` is whether the rewards vary; ``shared`` how long a prefix the
+    trajectory has in common with ``parent``, an earlier one of its group.
     """
     records: dict[str, list[dict[str, Any]]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -182,7 +184,7 @@ def _groups(path: Path) -> list[list[Any]]:
             shares = [prompt + _shared(record, turns, earlier) for earlier in group[:index]]
             shared = max(shares, default=0)
             made.append([prompt, turns, shares.index(shared) if shares else 0, shared])
-        groups.append(made)
+        groups.append([len({record["reward"] for record in group}) > 1, made])
     return groups
 
 

@@ -47,6 +47,8 @@ class Episode:
     prompt: int
     turns: tuple[tuple[int, int], ...]
     """Sampled and then appended; the last turn appends nothing."""
+    trained: bool = True
+    """False: its group's rewards do not vary, so it is left out of the update."""
 
     @property
     def tokens(self) -> int:
@@ -129,6 +131,7 @@ def _begin(player: _Player, ready_s: float) -> _Player:
 
 def update(ranks: Sequence[Sequence[Episode]], costs: Costs, *, balanced: bool) -> list[float]:
     """Seconds of each rank's update, of its own episodes or of those that ``batching.balance`` gives it."""
+    ranks = [[episode for episode in rank if episode.trained] for rank in ranks]
     if balanced:
         everything = [episode for rank in ranks for episode in rank]
         samples = [

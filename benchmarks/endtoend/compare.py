@@ -34,8 +34,12 @@ from policies import POLICIES, warm_start
 COMMON = (
     "reward=em",
     "group_size=8",
+    "episode.max_searches=2",
     "data.train_hops=[]",
+    "episode.max_context_tokens=640",
+    "episode.max_observation_tokens=128",
     "episode.max_consecutive_invalid=1",
+    "engine.kv_cache_gib=1",
     "engine.max_num_seqs=64",
     "loss.kl_coef=0",
     "optimizer.schedule=constant",

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,37 @@ def arguments(cfg: Config, micro_batch: int, folder: str) -> Any:
     )
 
 
+def same_engine(cfg: Config) -> None:
+    """Give TRL's engine the settings of ours that TRL has no words for, some of which a CPU needs."""
+    import trl.generation.vllm_generation as theirs
+
+    theirs.LLM = partial(
+        theirs.LLM,
+        enforce_eager=True,
+        enable_chunked_prefill=False,
+        kv_cache_memory_bytes=int(cfg.engine.kv_cache_gib * 2**30),
+        block_size=cfg.engine.block_size,
+        use_tqdm_on_load=False,
+        disable_log_stats=True,
+    )
+
+
+def cpu_sync(engine: Any) -> Callable[[], None]:
+    """TRL's sync with another call of vLLM, the one of ours."""
+
+    def sync() -> None:
+        weights = engine._iter_named_params()
+        engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        engine.llm.apply_model(_repack_head)
+        engine.llm.reset_prefix_cache()
+
+    return sync
+
+
+def _repack_head(model: Any) -> None:
+    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
 def train(cfg: Config, micro_batch: int, loop: str) -> None:
     """Train ``cfg.steps`` steps, with TRL's own loop of turns or the concurrent one, and print each."""
     from datasets import Dataset
@@ -273,6 +305,7 @@ def train(cfg: Config, micro_batch: int, loop: str) -> None:
             print(json.dumps({"step_s": now - self.started, **meter.take()}), flush=True)
             self.started = time.perf_counter()
 
+    same_engine(cfg)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=cfg.checkpoint,
@@ -299,7 +332,8 @@ def train(cfg: Config, micro_batch: int, loop: str) -> None:
         )
         engine = trainer.vllm_generation
         engine.generate = meter.timed("generate", engine.generate)
-        engine.sync_weights = meter.timed("sync", engine.sync_weights)
+        sync = engine.sync_weights if os.environ.get("TRL_SYNC") else cpu_sync(engine)
+        engine.sync_weights = meter.timed("sync", sync)
         trainer.train()
 
 
@@ -314,8 +348,6 @@ def main() -> None:
     args = parser.parse_args()
     cfg, _ = load_config(args.overrides)
     prepare_environment("cpu")
-    # TRL has no setting for the size of the engine's cache, which on a CPU is a share of all memory.
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(cfg.engine.kv_cache_gib)))
     print(json.dumps({"matmul_gflops": matmul_gflops()}), flush=True)
     train(cfg, args.micro_batch, args.loop)
 

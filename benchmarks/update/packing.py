@@ -56,7 +56,7 @@ def make_samples(groups: Sequence[Any], vocabulary: int) -> list[Sample]:
 
     rng = random.Random(0)
     samples = []
-    for number, group in enumerate(groups):
+    for number, (_, group) in enumerate(groups):
         streams: list[list[int]] = []
         for index, (prompt, turns, parent, shared) in enumerate(group):
             length = prompt + sum(map(sum, turns))
