@@ -42,6 +42,8 @@ class Inputs:
     @classmethod
     def read(cls, path: Path) -> Inputs:
         record = json.loads(path.read_text(encoding="utf-8"))
+        if "step_s" not in record["costs"]:
+            raise SystemExit(f"{path} holds no times of an engine: make it anew with `measure`")
         return cls(
             costs=Costs(**record["costs"]),
             groups=[

@@ -124,7 +124,7 @@ def search_tool(ask: Callable[[str], str], meter: Meter) -> Callable[[str], str]
             The passages found.
         """
         meter.add("searches", 1.0)
-        return ask(query)
+        return str(ask(query))
 
     return search
 
