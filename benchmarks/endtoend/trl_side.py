@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import tempfile
 import time
@@ -258,22 +257,6 @@ def same_engine(cfg: Config) -> None:
     )
 
 
-def cpu_sync(engine: Any) -> Callable[[], None]:
-    """TRL's sync with another call of vLLM, the one of ours."""
-
-    def sync() -> None:
-        weights = engine._iter_named_params()
-        engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        engine.llm.apply_model(_repack_head)
-        engine.llm.reset_prefix_cache()
-
-    return sync
-
-
-def _repack_head(model: Any) -> None:
-    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
-
-
 def train(cfg: Config, micro_batch: int, loop: str) -> None:
     """Train ``cfg.steps`` steps, with TRL's own loop of turns or the concurrent one, and print each."""
     from datasets import Dataset
@@ -332,8 +315,7 @@ def train(cfg: Config, micro_batch: int, loop: str) -> None:
         )
         engine = trainer.vllm_generation
         engine.generate = meter.timed("generate", engine.generate)
-        sync = engine.sync_weights if os.environ.get("TRL_SYNC") else cpu_sync(engine)
-        engine.sync_weights = meter.timed("sync", sync)
+        engine.sync_weights = meter.timed("sync", engine.sync_weights)
         trainer.train()
 
 
