@@ -60,7 +60,7 @@ format: setup  ## Rewrite files in the project's format
 check: lint test  ## Everything CI runs: lint, then all tests
 
 bench:  ## List the measurements and how to run them
-	@for file in $(wildcard benchmarks/*/*.py); do echo "  $(BIN)/python $$file --help"; done
+	@for file in $(wildcard benchmarks/*.py benchmarks/*/*.py); do echo "  $(BIN)/python $$file --help"; done
 	@echo "results: benchmarks/RESULTS.md"
 
 docs:  ## List the documentation

@@ -297,10 +297,10 @@ def test_each_search_has_its_own_deadline() -> None:
         async with servers(1) as (hung,):
             hung.seconds = -1.0
             retriever, started = HttpRetriever([hung.url], deadline_s=0.6), time.monotonic()
-            under_way = [asyncio.create_task(ask(retriever, ["q"], top_k)) for top_k in range(1, 5)]
-            early = asyncio.create_task(ask(retriever, ["early"], 5))
+            under_way = [asyncio.create_task(ask(retriever, ["q"], top_k)) for top_k in range(1, 17)]
+            early = asyncio.create_task(ask(retriever, ["early"], 17))
             await asyncio.sleep(0.3)
-            late = asyncio.create_task(ask(retriever, ["late"], 5))  # waits together with the early one
+            late = asyncio.create_task(ask(retriever, ["late"], 17))  # waits together with the early one
             await asyncio.wait([*under_way, early])
             assert 0.5 < time.monotonic() - started < 0.8
             await late
@@ -319,7 +319,7 @@ def test_a_server_that_always_fails_gets_few_requests_and_leaves_the_work_to_ano
             retriever = HttpRetriever([broken.url, good.url], max_concurrency=600)
             assert_right(await ask(retriever, MANY), MANY)
             assert len(broken.posts) < 10
-            assert good.most_open == 4  # for all the work, too
+            assert good.most_open <= 10  # all the work, 64 searches a request
             await retriever.aclose()
 
             retriever = HttpRetriever([broken.url], deadline_s=2.0, max_concurrency=600)
@@ -466,8 +466,8 @@ def test_many_searches_and_failures_leave_nothing_behind() -> None:
             before = first.queries
             while first.queries == before:  # until nothing is under repair
                 assert_right(await ask(retriever, MANY), MANY)
-            assert len(os.listdir("/proc/self/fd")) <= files + 16  # four connections a server, both ends
-            assert len(asyncio.all_tasks()) <= tasks + 8  # the servers' own, one a connection
+            assert len(os.listdir("/proc/self/fd")) <= files + 64  # 16 connections a server, both ends
+            assert len(asyncio.all_tasks()) <= tasks + 32  # the servers' own, one a connection
             await retriever.aclose()
             for server in (first, second):
                 await server.die()

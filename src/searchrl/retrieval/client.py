@@ -1,7 +1,7 @@
 """A retriever over HTTP: coalesces concurrent searches, outlasts restarts, fails with typed errors.
 
-One POST carries up to 64 queries, over at most four connections a server. A connection for each episode would
-be the bottleneck: httpx's pool takes time quadratic in its connections.
+One POST carries up to 64 queries, over at most sixteen connections a server. A connection for each episode
+would be the bottleneck: httpx's pool takes time quadratic in its connections.
 """
 
 from __future__ import annotations

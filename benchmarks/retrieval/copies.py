@@ -3,7 +3,7 @@
 What finds documents gets a realistic size without weeks of encoding; what is found means nothing. The result
 is imported like a published index:
 
-    python benchmarks/retrieval/scale.py --index DIR --corpus FILE --copies 16 --out BIG
+    python benchmarks/retrieval/copies.py --index DIR --corpus FILE --copies 16 --out BIG
     searchrl index import --parts BIG/flat.faiss --corpus BIG/corpus.jsonl --out BIG/index --encoder …
 """
 
