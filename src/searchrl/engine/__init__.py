@@ -281,7 +281,7 @@ class Engine:
 
 
 def _load(**settings: Any) -> Any:
-    """vLLM's engine with what never varies: one process a rank, and the log-probabilities really sampled."""
+    """VLLM's engine with what never varies: one process a rank, and the log-probabilities really sampled."""
     from vllm import LLM
 
     local_world_size = os.environ.get("LOCAL_WORLD_SIZE")

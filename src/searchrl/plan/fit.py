@@ -77,7 +77,7 @@ def refusal(case: Case, memory: Memory) -> str:
     plan = case.plan()
     if memory.host is not None and plan.offloaded > memory.host:
         return (
-            f"a rank offloads {_gib(plan.offloaded)} of optimizer states to main memory, of which "
+            f"a rank offloads {_gib(plan.offloaded)} (optimizer, reference) to main memory, of which "
             f"{_gib(memory.host)} a rank is free here; use more ranks, deepspeed.zero_stage=1 or more, or "
             "adapters (model.lora.rank=32)"
         )
