@@ -105,8 +105,8 @@ def test_refusals(plan: Case, gib: float, message: str) -> None:
         (12.0, ""),
         (
             10.0,
-            "a rank offloads 10.6 GiB (optimizer, reference) to main memory, of which 10.0 GiB a rank is free "
-            "here; use more ranks, deepspeed.zero_stage=1 or more, or adapters (model.lora.rank=32)",
+            "a rank offloads 10.6 GiB (optimizer, reference) to main memory, of which 10.0 GiB a rank is "
+            "free here; use more ranks, deepspeed.zero_stage=1 or more, or adapters (model.lora.rank=32)",
         ),
     ],
 )

@@ -187,7 +187,7 @@ def rows(cfg: Config) -> list[dict[str, Any]]:
     examples = read_examples(Path(cfg.data.train))
     hops = cfg.data.train_hops
     kept = [example for example in examples if not hops or example.hops in hops]
-    drawn = Sampler(kept, seed=cfg.seed, rank=0, world_size=1).take(cfg.steps * cfg.groups_per_step)
+    drawn = Sampler(kept, seed=cfg.seed).take(cfg.steps * cfg.groups_per_step)
     template = cfg.episode.prompt_template
     return [
         {

@@ -100,7 +100,7 @@ def play(run: Run, tool: Tool, questions: Sequence[tuple[int, Example]], *, lock
 def measure(run: Run, tools: Sequence[tuple[float, Tool]], episodes: int, rounds: int) -> None:
     """Play all settings ``rounds`` times in turn, and print the table."""
     cfg = run.env.cfg
-    sampler = Sampler(run.env.train_examples, seed=cfg.seed, rank=0, world_size=1)
+    sampler = Sampler(run.env.train_examples, seed=cfg.seed)
     questions = sampler.take(episodes // cfg.group_size)
     settings = [(lock_step, *tool) for lock_step in (False, True) for tool in tools]
     found: list[list[Played]] = [[] for _ in settings]
