@@ -28,10 +28,10 @@ from searchrl.update import apply_update, prepare_update
 SAMPLES = random_samples(5, 100)
 BUDGET = 2500
 """Tokens of one micro-batch: about half of all."""
-HUNGER = 256 * 2**10
+HUNGER = 4 * 2**20
 """Bytes that a layer asks for, for every token of any but the first micro-batch; it never touches them."""
-ROOM = 256 * 2**20
-"""Bytes that a limited process may allocate above what it has: those of 1,000 tokens."""
+ROOM = 7 * 2**29
+"""Bytes that a limited process may allocate above what it has. ZeRO's bucket takes 2 GB of them."""
 
 
 def limit(room: int | None, device: str) -> None:
