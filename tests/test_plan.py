@@ -114,6 +114,10 @@ def test_shapes_are_found_on_this_machine_only(tmp_path: Path, monkeypatch: pyte
     assert find_shape("org/other") is None
     assert find_shape("a/b/c") is None
     assert find_shape("") is None
+    monkeypatch.chdir(tmp_path)
+    assert find_shape("Qwen/Qwen2.5-3B") == KNOWN_SHAPES["Qwen/Qwen2.5-3B"]
+    transformers.Qwen2Config(**SIZES).save_pretrained(tmp_path / "Qwen" / "Qwen2.5-3B")
+    assert find_shape("Qwen/Qwen2.5-3B") == found, "a folder of the name takes the hub model's place"
 
 
 def test_architectures_that_the_formula_does_not_cover_have_no_shape(tmp_path: Path) -> None:

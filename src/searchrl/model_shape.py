@@ -122,11 +122,11 @@ def find_shape(model: str) -> ModelShape | None:
     Raises:
         ModelError: a ``config.json`` cannot be read.
     """
+    folder = Path(model).expanduser()
+    if model and folder.is_dir():  # before the table: loading, too, takes a folder of a hub model's name
+        return read_shape(folder / "config.json")
     if model in KNOWN_SHAPES:
         return KNOWN_SHAPES[model]
-    folder = Path(model).expanduser()
-    if model and folder.is_dir():
-        return read_shape(folder / "config.json")
     from huggingface_hub import try_to_load_from_cache
 
     try:
