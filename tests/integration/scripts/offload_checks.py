@@ -103,7 +103,9 @@ def check_offload(model: Path, stage: int, dtype: DType, world: World) -> dict[s
     result["an update matters"] = not same(before, moved.weights())
     result["noop"] = [event["noop"] for event in plain.events + moved.events]
     elements = sum(tensor.numel() for tensor in before.values())
-    result["bytes per element"] = sum(gather_objects(moved.events[0]["host_bytes"])) / elements
+    shares = 1 if stage == 0 else world.size  # without ZeRO every rank has everything
+    host_bytes = gather_objects(moved.events[0]["host_bytes"])
+    result["bytes per element"] = sum(host_bytes) / world.size * shares / elements
     assert all(other == result for other in gather_objects(result)), "the ranks disagree"
     return result
 
