@@ -62,7 +62,7 @@ def test_a_phase_that_comes_twice_has_the_higher_peak() -> None:
 
 
 def test_events_are_written_as_they_happen(tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
+    path = tmp_path / "new" / "events.jsonl"
     phases, start = Phases(path, device="cpu"), time.time()
     phases.step = 3
     with phases("sync"):

@@ -42,7 +42,10 @@ class Phases:
         """
         self.step = 0
         """Optimizer steps of the run begun so far; stands in every line."""
-        self._file: TextIO | None = None if path is None else path.open("a", encoding="utf-8")
+        self._file: TextIO | None = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)  # a warm start alone claims no run directory
+            self._file = path.open("a", encoding="utf-8")
         self._memory: _Memory = _HostMemory() if device == "cpu" else _DeviceMemory()
         self._seconds: dict[str, float] = {}
         self._peaks: dict[str, int] = {}
