@@ -311,7 +311,7 @@ def run() -> None:
         raise SystemExit(code) from error
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
-    except Exception:
+    except Exception:  # of whatever kind: the launcher prints it, or it goes on
         if not tell_launcher(traceback.format_exc(), 1):
             raise
         raise SystemExit(1) from None

@@ -17,7 +17,7 @@ from searchrl.data.sampler import fingerprint
 from searchrl.distributed import World, init_world
 from searchrl.engine import Engine
 from searchrl.models import resolve_model
-from searchrl.phases import Phases
+from searchrl.phases import Events, Phases, no_events
 from searchrl.protocol import Protocol, load_tokenizer
 from searchrl.retrieval.lookup import read_passages
 from searchrl.retrieval.meter import RetrievalMeter
@@ -140,15 +140,7 @@ def load_policy(env: Environment, model: Path | str) -> Run:
     """Load ``model`` into an engine that samples in ``env``."""
     cfg = env.cfg
     env.console.say(f"engine: loading {model}")
-    engine = Engine(
-        model,
-        cfg.engine,
-        dtype=cfg.model.dtype,
-        max_context_tokens=cfg.episode.max_context_tokens,
-        seed=cfg.seed,
-        world=env.world,
-        events=env.phases.event,
-    )
+    engine = load_engine(cfg, model, env.world, events=env.phases.event)
     rollout = Rollout(engine=engine, protocol=env.protocol, tool=env.tool, limits=cfg.episode, seed=cfg.seed)
     return Run(env=env, model=model, engine=engine, rollout=rollout)
 
@@ -206,10 +198,27 @@ def load_questions(cfg: Config, *, training: bool = True) -> tuple[list[Example]
 
 def make_actor(run: Run) -> Actor:
     """The trained policy, starting from the run's model. An engine that takes turns makes room for it."""
-    cfg = run.env.cfg
     run.engine.sleep()
+    return load_actor(run.env.cfg, run.model, run.env.world, events=run.env.phases.event)
+
+
+def load_engine(cfg: Config, model: Path | str, world: World, *, events: Events = no_events) -> Engine:
+    """An engine with the run's settings."""
+    return Engine(
+        model,
+        cfg.engine,
+        dtype=cfg.model.dtype,
+        max_context_tokens=cfg.episode.max_context_tokens,
+        seed=cfg.seed,
+        world=world,
+        events=events,
+    )
+
+
+def load_actor(cfg: Config, model: Path | str, world: World, *, events: Events = no_events) -> Actor:
+    """An actor with the run's settings."""
     return Actor(
-        run.model,
+        model,
         model=cfg.model,
         optimizer=cfg.optimizer,
         zero_stage=cfg.deepspeed.zero_stage,
@@ -217,7 +226,7 @@ def make_actor(run: Run) -> Actor:
         logprob_chunk=cfg.batching.logprob_chunk,
         total_steps=cfg.steps,
         seed=cfg.seed,
-        world=run.env.world,
+        world=world,
         offloads=cfg.takes_turns,
-        events=run.env.phases.event,
+        events=events,
     )

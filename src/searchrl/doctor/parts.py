@@ -170,10 +170,10 @@ def probe(cfg: Config, *, tiny: bool = True) -> Iterator[Finding]:
     """The engine and the trainer load a model, sync, and agree on log-probabilities."""
     import asyncio
 
-    from searchrl.actor import Actor, init_communication
+    from searchrl.actor import init_communication
     from searchrl.distributed import init_world
-    from searchrl.engine import Engine
     from searchrl.protocol import Protocol, load_tokenizer
+    from searchrl.setup import load_actor, load_engine
     from searchrl.trajectory import Example
     from searchrl.weight_sync import WeightSync
 
@@ -190,20 +190,7 @@ def probe(cfg: Config, *, tiny: bool = True) -> Iterator[Finding]:
     protocol = Protocol(load_tokenizer(source), cfg.episode)
     example = Example(id="0", question="Where? " * 16, golden_answers=("there",), data_source="doctor")
     limit = cfg.episode.max_context_tokens
-    engine = Engine(
-        source, cfg.engine, dtype=cfg.model.dtype, max_context_tokens=limit, seed=cfg.seed, world=world
-    )
-    actor = Actor(
-        source,
-        model=cfg.model,
-        optimizer=cfg.optimizer,
-        zero_stage=cfg.deepspeed.zero_stage,
-        temperature=cfg.sampling.temperature,
-        logprob_chunk=cfg.batching.logprob_chunk,
-        total_steps=cfg.steps,
-        seed=cfg.seed,
-        world=world,
-    )
+    engine, actor = load_engine(cfg, source, world), load_actor(cfg, source, world)
     prompts = [protocol.prompt(example)[: limit - cfg.sync.probe_tokens]]
     sync = WeightSync(
         actor=actor, engine=engine, config=cfg.sync, temperature=cfg.sampling.temperature, prompts=prompts
@@ -243,7 +230,7 @@ def main(name: str, file: Path) -> None:
         if tell_launcher(str(error), 1):
             raise SystemExit(1) from None
         print(json.dumps(asdict(failed(name.removeprefix("deep_"), str(error)))), flush=True)
-    except Exception:
+    except Exception:  # of whatever kind: the launcher prints it, or it goes on
         if not tell_launcher(traceback.format_exc(), 1):
             raise
         raise SystemExit(1) from None

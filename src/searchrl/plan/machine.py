@@ -10,8 +10,6 @@ from pathlib import Path
 
 from searchrl.config import Device
 
-GIB = 2**30
-
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Memory:

@@ -16,12 +16,11 @@ from unittest.mock import patch
 import searchrl.engine
 from integration.scripts.common import write_results
 from integration.scripts.engine_checks import crowd, early_end, plain, request, together
-from integration.scripts.weight_sync_checks import MLP, Bench, build, damaged, noise
+from integration.scripts.weight_sync_checks import Bench, build, synced
 from searchrl.config import DType
 from searchrl.distributed import gather_objects
 from searchrl.engine import Engine, EngineError, GenerationRequest
 from searchrl.engine.requests import sampling_params
-from searchrl.weight_sync import SyncError
 
 
 def said(bench: Bench, work: Coroutine[Any, Any, list[object]]) -> list[dict[str, object]]:
@@ -80,21 +79,6 @@ def other_seeds(bench: Bench) -> list[dict[str, object]]:
         outcomes = said(bench, some(bench.engine))
     bench.engine.reset_prefix_cache()  # of what the ranks cached, they know different tokens
     return outcomes
-
-
-def synced(bench: Bench) -> dict[str, object]:
-    """Weights, whole and damaged."""
-    results: dict[str, object] = {"start": bench.outcome()}
-    bench.train()
-    try:
-        bench.sync.probe(bench.runner)
-    except SyncError as error:
-        results["before the sync"] = {"error": str(error)}
-    results["after the sync"] = bench.outcome()
-    results["corrupted tensor"] = bench.fault(damaged(MLP, noise))
-    stale_head = patch.object(searchrl.engine, "_refresh_tied_head", lambda model: None)
-    results["stale head"] = bench.fault(injected=stale_head)
-    return results
 
 
 def main(out: Path, model: Path, device: str) -> None:

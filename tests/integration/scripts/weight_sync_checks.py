@@ -166,9 +166,8 @@ def build(
     return Bench(world=world, actor=actor, engine=engine, sync=sync, runner=asyncio.Runner())
 
 
-def main(out: Path, model: Path, zero_stage: int) -> None:
-    """Run all checks."""
-    bench = build(model, zero_stage)
+def synced(bench: Bench) -> dict[str, object]:
+    """Weights, whole and damaged."""
     results: dict[str, object] = {"start": bench.outcome()}
     bench.train()
     try:
@@ -177,11 +176,18 @@ def main(out: Path, model: Path, zero_stage: int) -> None:
         results["before the sync"] = {"error": str(error)}
     results["after the sync"] = bench.outcome()
     results["corrupted tensor"] = bench.fault(damaged(MLP, noise))
+    stale_head = patch.object(searchrl.engine, "_refresh_tied_head", lambda model: None)
+    results["stale head"] = bench.fault(injected=stale_head)
+    return results
+
+
+def main(out: Path, model: Path, zero_stage: int) -> None:
+    """Run all checks."""
+    bench = build(model, zero_stage)
+    results = synced(bench)
     results["skipped tensor"] = bench.fault(without(MLP))
     results["skipped head"] = bench.fault(without("lm_head.weight"))
     results["not a number"] = bench.fault(damaged(MLP, one_nan))
-    stale_head = patch.object(searchrl.engine, "_refresh_tied_head", lambda model: None)
-    results["stale head"] = bench.fault(injected=stale_head)
     results["checksum"] = checksum(bench)
     stale_cache = patch.object(bench.engine, "reset_prefix_cache", lambda: None)
     results["stale cache"] = bench.fault(injected=stale_cache)
