@@ -185,7 +185,7 @@ def probe(cfg: Config, *, tiny: bool = True) -> Iterator[Finding]:
         cfg.episode.max_context_tokens = min(cfg.episode.max_context_tokens, 4096)
         cfg.engine.kv_cache_gib = min(cfg.engine.kv_cache_gib, 0.25)
     source = resolve_model(cfg.checkpoint or cfg.model.path, Path(cfg.assets))
-    world = init_world(cfg.device)
+    world = init_world(cfg.device, engine_size=1 if tiny else cfg.engine.tensor_parallel)
     init_communication(world)
     protocol = Protocol(load_tokenizer(source), cfg.episode)
     example = Example(id="0", question="Where? " * 16, golden_answers=("there",), data_source="doctor")
