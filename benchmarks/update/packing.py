@@ -6,12 +6,17 @@ Trajectories have the lengths and the shared prefixes of a real run (``scale_inp
 the network is SmolLM2-135M in fp32. Every pass is made in a process of its own, which reports seconds and its
 peak resident memory above what stood there before (weights and their gradients); kinds alternate. No
 optimizer step: it is the same for all.
+
+On a GPU, where a process can forget a peak, one process makes all passes, of random weights in bf16:
+
+    python benchmarks/update/packing.py --device cuda --shape 3B --groups 8 --rounds 3 --max-tokens 4096
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import resource
 import subprocess
@@ -124,6 +129,76 @@ def passes(policy: Any, batches: Sequence[MicroBatch], kind: Kind) -> None:
         logprobs.sum().backward()
 
 
+def random_policy(shape: str) -> Any:
+    """A Qwen2.5 of that size on the GPU, in bf16."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    from searchrl.model_shape import KNOWN_SHAPES
+    from searchrl.policy import PolicyModel
+
+    sizes = KNOWN_SHAPES[f"Qwen/Qwen2.5-{shape}"]
+    config = Qwen2Config(
+        num_hidden_layers=sizes.layers,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        vocab_size=sizes.vocabulary,
+        tie_word_embeddings=sizes.is_tied,
+    )
+    with torch.device("cuda"):
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    return PolicyModel(network, temperature=1.0, chunk_size=1024)
+
+
+def measure_on_gpu(
+    shape: str, groups: int, rounds: int, max_tokens: int
+) -> dict[str, list[dict[str, float]]]:
+    """All kinds in turn, after one round that warms up."""
+    import torch
+
+    policy = random_policy(shape)
+    record = json.loads(INPUTS.read_text(encoding="utf-8"))
+    samples = make_samples(record["groups"][:groups], policy.model.config.vocab_size)
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in KINDS}
+    for number in range(1 + rounds):
+        for name, kind in KINDS.items():
+            batches = [batch.to("cuda") for batch in make_batches(kind, samples, max_tokens)]
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            start = time.perf_counter()
+            try:
+                passes(policy, batches, kind)
+                torch.cuda.synchronize()
+                seconds = time.perf_counter() - start
+            except torch.cuda.OutOfMemoryError:
+                seconds = math.inf
+            peak = torch.cuda.max_memory_allocated()
+            if number:
+                found[name].append(summary(seconds, peak - before, batches, samples, gflops=math.nan))
+            del batches
+            torch.cuda.empty_cache()
+    return found
+
+
+def summary(
+    seconds: float, peak: int, batches: Sequence[MicroBatch], samples: Sequence[Sample], gflops: float
+) -> dict[str, float]:
+    """What is reported of one kind's passes; ``peak`` in bytes."""
+    return {
+        "seconds": seconds,
+        "mib": peak / 2**20,
+        "tokens": sum(len(sample.trajectory.token_ids) for sample in samples),
+        "loss_tokens": sum(sample.trajectory.num_sampled for sample in samples),
+        "computed": sum((b if b.tree is None else b.tree).input_ids.numel() for b in batches),
+        "gflops": gflops,
+    }
+
+
 def measure(kind: Kind, groups: int, max_tokens: int) -> dict[str, float]:
     """One kind's passes in this process."""
     from searchrl.environment import matmul_gflops, prepare_environment
@@ -150,15 +225,7 @@ def measure(kind: Kind, groups: int, max_tokens: int) -> dict[str, float]:
     passes(policy, batches, kind)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    computed = sum((batch if batch.tree is None else batch.tree).input_ids.numel() for batch in batches)
-    return {
-        "seconds": seconds,
-        "mib": (peak - before) / 1024,
-        "tokens": sum(len(sample.trajectory.token_ids) for sample in samples),
-        "loss_tokens": sum(sample.trajectory.num_sampled for sample in samples),
-        "computed": computed,
-        "gflops": gflops,
-    }
+    return summary(seconds, (peak - before) * 1024, batches, samples, gflops)
 
 
 def main() -> None:
@@ -169,17 +236,24 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=2, help="of eight trajectories")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--max-tokens", type=int, default=512, help="of a packed row")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--shape", choices=["0.5B", "3B", "7B"], default="0.5B", help="of the policy on a GPU"
+    )
     parser.add_argument("--kind", choices=list(KINDS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.kind is not None:
         print(json.dumps(measure(KINDS[args.kind], args.groups, args.max_tokens)))
         return
-    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
-    for _ in range(args.rounds):
-        for kind, results in found.items():
-            command = [sys.executable, __file__, *sys.argv[1:], "--kind", kind]
-            finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            results.append(json.loads(finished.stdout))
+    if args.device == "cuda":
+        found = measure_on_gpu(args.shape, args.groups, args.rounds, args.max_tokens)
+    else:
+        found = {kind: [] for kind in KINDS}
+        for _ in range(args.rounds):
+            for kind, results in found.items():
+                command = [sys.executable, __file__, *sys.argv[1:], "--kind", kind]
+                finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                results.append(json.loads(finished.stdout))
     baseline = found["padded, as they come, head everywhere"]
     print("| pass | positions computed | s | tokens/s | ratio | peak MiB | GFLOP/s |\n" + "|---" * 7 + "|")
     for kind, results in found.items():

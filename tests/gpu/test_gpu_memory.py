@@ -19,11 +19,8 @@ def test_the_plan_sees_the_memory_of_the_gpu() -> None:
     assert gpu_memory() == pytest.approx(smallest, rel=0.05)
 
 
-def test_a_step_that_memory_ran_out_in_is_made_with_less(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cuda")  # check scripts are for CPUs unless told otherwise
-    found = run_checks("oom_checks", tmp_path, tiny_model, "cuda").results
+def test_a_step_that_memory_ran_out_in_is_made_with_less(tiny_model: Path, tmp_path: Path) -> None:
+    found = run_checks("oom_checks", tmp_path, tiny_model, "cuda", device="cuda").results
     for name, case in found.items():
         assert case["retries"] >= 1, name
         assert case["weights"] <= 1e-5, (name, case)

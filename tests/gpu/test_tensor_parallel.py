@@ -18,15 +18,17 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def checks(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Checks:
     out = tmp_path_factory.mktemp("tp")
-    return run_checks("tp_checks", out, tiny_model, "-", "cuda", ranks=2, timeout_s=600, fails=True)
+    return run_checks(
+        "tp_checks", out, tiny_model, "-", "cuda", ranks=2, timeout_s=600, fails=True, device="cuda"
+    )
 
 
 def test_engine_and_trainer_agree_after_a_sync_and_a_fault_is_noticed(checks: Checks) -> None:
     sync = checks.results["sync"]
-    assert sync["start"]["sync/probe_max_abs_diff"] <= 0.1
-    assert sync["after the sync"]["sync/probe_max_abs_diff"] <= 0.1
+    assert sync["start"]["sync/probe_max_abs_diff"] <= 0.5
+    assert sync["after the sync"]["sync/probe_max_abs_diff"] <= 0.5
     assert "differ by" in sync["corrupted tensor"]["broken"]["error"]
-    assert sync["corrupted tensor"]["repaired"]["sync/probe_max_abs_diff"] <= 0.1
+    assert sync["corrupted tensor"]["repaired"]["sync/probe_max_abs_diff"] <= 0.5
 
 
 def test_ranks_play_together_and_stay_together(checks: Checks) -> None:

@@ -42,41 +42,52 @@ def python(module: str, arguments: Sequence[object], *, ranks: int = 1) -> list[
     return [*launcher, module, *map(str, arguments)]
 
 
-def environment() -> dict[str, str]:
+def environment(device: str = "cpu") -> dict[str, str]:
     """The environment of a child: our sources, one thread, nothing of a surrounding torchrun."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return {**inherited, "PYTHONPATH": f"{SOURCE}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+    paths = {"PYTHONPATH": f"{SOURCE}{os.pathsep}{TESTS}", "CHECKS_DEVICE": device}
+    return {**inherited, **paths, "OMP_NUM_THREADS": "1"}
 
 
 def run_checks(
-    script: str, out: Path, *arguments: object, ranks: int = 1, timeout_s: float = 300, fails: bool = False
+    script: str,
+    out: Path,
+    *arguments: object,
+    ranks: int = 1,
+    timeout_s: float = 300,
+    fails: bool = False,
+    device: str = "cpu",
 ) -> Checks:
     """Run ``scripts/<script>.py OUT ARGUMENTS…``, which writes its results to ``OUT/results.json``.
 
     It must succeed or, if its last check is how a failure ends, fail.
     """
     command = python(f"integration.scripts.{script}", [out, *arguments], ranks=ranks)
-    finished = run(command, cwd=out, timeout_s=timeout_s)
+    finished = run(command, cwd=out, timeout_s=timeout_s, device=device)
     ended = time.time()
     assert (finished.returncode != 0) == fails, finished.stdout
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     return Checks(results=results, printed=finished.stdout, ended=ended)
 
 
-def run(command: Sequence[str], *, cwd: Path, timeout_s: float) -> subprocess.CompletedProcess[str]:
-    """Run to the end; output and errors together in ``stdout``."""
-    with started(command, cwd=cwd, timeout_s=timeout_s) as process:
+def run(
+    command: Sequence[str], *, cwd: Path, timeout_s: float, device: str = "cpu"
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end; output and errors together in ``stdout``. ``device`` is where check scripts run."""
+    with started(command, cwd=cwd, timeout_s=timeout_s, device=device) as process:
         output, _ = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, output)
 
 
 @contextmanager
-def started(command: Sequence[str], *, cwd: Path, timeout_s: float) -> Iterator[subprocess.Popen[str]]:
+def started(
+    command: Sequence[str], *, cwd: Path, timeout_s: float, device: str = "cpu"
+) -> Iterator[subprocess.Popen[str]]:
     """A running command, killed with its process group after ``timeout_s`` or at the end of the block."""
     with subprocess.Popen(
         command,
         cwd=cwd,
-        env=environment(),
+        env=environment(device),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,13 +110,17 @@ def test_the_size_of_a_chunk_changes_nothing(
         assert (tmp_path / "many" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_numba_is_not_imported(bm25_directory: Path) -> None:
+def test_neither_numba_nor_jax_is_imported(bm25_directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").touch()  # whoever has it, has it on a GPU, all of which it would claim
+    (tmp_path / "jax" / "lax.py").write_text("raise SystemExit('jax was asked for something')")
     program = (
         "import sys; from searchrl.retrieval.bm25 import Bm25Index\n"
         "assert Bm25Index(sys.argv[1]).search(['capital of France'], 1)\n"
-        "assert 'numba' not in sys.modules, 'numba'\n"
+        "assert not {'numba', 'jax'} & sys.modules.keys()\n"
+        "import jax\n"
     )
-    environment = {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    environment = {"PYTHONPATH": f"{Path(__file__).parents[2] / 'src'}{os.pathsep}{tmp_path}"}
     subprocess.run([sys.executable, "-c", program, str(bm25_directory / "bm25")], env=environment, check=True)
 
 

@@ -67,8 +67,9 @@ def chunked_logprobs(
     ``logprobs = log_softmax(float32(hidden @ weight.T + bias) / temperature)[targets]``: the matmul runs in
     the weight's dtype and the rest in fp32, the order of operations of the sampling engine. Transient memory
     is two fp32 buffers of chunk_size × V in forward; in backward one, or two if the loss depends on the
-    entropy, plus the fp32 accumulator [V, H] of the weight's gradient (cast to the weight's dtype once, at
-    the end). A weight of another dtype adds one chunk_size × V buffer of that dtype to both.
+    entropy, plus the fp32 accumulator [V, H] of the weight's gradient. A weight of another dtype adds one
+    chunk_size × V buffer of that dtype to both, and to backward a [V, H]: one chunk's share of the gradient,
+    at the end all of it.
 
     Under ZeRO-3 the weight is whole only while its module's hooks are active, in forward and again in
     backward. So call this inside ``forward`` of the module that owns the parameter (or has registered it as
@@ -191,10 +192,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 factor = surprise.mul_(-grad_entropy[part].unsqueeze(1) / temperature).add_(factor)
             grad.exp_().mul_(factor)
             grad.scatter_add_(1, targets[part].unsqueeze(1), scale[part].unsqueeze(1))
+            low = grad.to(weight.dtype)  # fp32 products are ten times slower on a GPU
             if grad_hidden is not None:
-                grad_hidden[part] = grad.to(weight.dtype) @ weight
-            if grad_weight is not None:
-                grad_weight.addmm_(grad.t(), hidden[part].to(precise))
+                grad_hidden[part] = low @ weight
+            if grad_weight is not None and weight.dtype == precise:
+                grad_weight.addmm_(low.t(), hidden[part])
+            elif grad_weight is not None:
+                grad_weight += low.t() @ hidden[part]
+            del low  # the next chunk's logits take its place
             if grad_bias is not None:
                 grad_bias += grad.sum(dim=0)
         if grad_weight is not None:

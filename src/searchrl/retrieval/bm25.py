@@ -28,18 +28,22 @@ _CHUNK = 1 << 14
 
 
 def _bm25s() -> Any:
-    """Import bm25s without numba, which it would import for a backend that is not used here.
+    """Import bm25s without numba and JAX, which it would import for backends that are not used here.
 
-    With numba's objects loaded vLLM's kernel registration fails, and its import costs a second.
+    With numba's objects loaded vLLM's kernel registration fails, and its import costs a second. JAX, where it
+    is installed, would claim three quarters of a GPU as soon as it is asked for anything.
     """
-    if "bm25s" in sys.modules or "numba" in sys.modules:
+    if "bm25s" in sys.modules:
         return import_module("bm25s")
     modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
-    modules["numba"] = None  # makes `import numba` raise ImportError
+    hidden = [name for name in ("numba", "jax") if name not in modules]
+    for name in hidden:
+        modules[name] = None  # makes `import` raise ImportError
     try:
         return import_module("bm25s")
     finally:
-        del modules["numba"]
+        for name in hidden:
+            del modules[name]
 
 
 def tokenize(texts: Sequence[str]) -> list[list[str]]:

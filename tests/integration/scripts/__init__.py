@@ -1,5 +1,7 @@
 """Check scripts, run by ``integration.launch``: importing this package comes before any heavy library."""
 
+import os
+
 from searchrl.environment import prepare_environment
 
-prepare_environment("cpu")
+prepare_environment(os.environ["CHECKS_DEVICE"])
