@@ -1,14 +1,15 @@
 """A training step on N ranks, simulated from what a run and an engine measured on one.
 
-    python benchmarks/scale.py measure runs/worldfacts > benchmarks/scale_inputs.json
+    python benchmarks/scale.py read runs/worldfacts > benchmarks/scale_inputs.json
+    python benchmarks/scale.py time benchmarks/scale_inputs.json
     python benchmarks/scale.py simulate benchmarks/scale_inputs.json
 
-``measure`` reads ``metrics.jsonl`` and ``trajectories/`` of a one-rank run (lengths of turns, seconds of
-update and sync), and then times an engine with the run's model: seconds of a decoding step by how many
-sequences it decodes, and of a prefilled token. ``simulate`` draws whole groups of trajectories for every rank
-and plays them: the rollout of each rank turn by turn, then a barrier, then the update of the samples that
-``batching.balance`` gives each rank, then the sync. Work grows with the ranks: the groups of a rank stay as
-many. docs/results/scaling.md has the results and what the model leaves out.
+``read`` takes from ``metrics.jsonl`` and ``trajectories/`` of a one-rank run the lengths of turns and the
+seconds of update and sync. ``time`` adds those of an engine with the run's model, on an idle machine: of a
+decoding step by how many sequences it decodes, and of a prefilled token. ``simulate`` draws whole groups of
+trajectories for every rank and plays them: the rollout of each rank turn by turn, then a barrier, then the
+update of the samples that ``batching.balance`` gives each rank, then the sync. Work grows with the ranks: the
+groups of a rank stay as many. docs/results/scaling.md has the results and what the model leaves out.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ LATENCIES_S = (0.0, 0.2, 1.0)
 
 @dataclass(kw_only=True, slots=True)
 class Inputs:
-    """What ``measure`` found."""
+    """What ``read`` and ``time`` found."""
 
     costs: Costs
     groups: list[list[Episode]]
@@ -43,7 +44,7 @@ class Inputs:
     def read(cls, path: Path) -> Inputs:
         record = json.loads(path.read_text(encoding="utf-8"))
         if "step_s" not in record["costs"]:
-            raise SystemExit(f"{path} holds no times of an engine: make it anew with `measure`")
+            raise SystemExit(f"{path} holds no times of an engine: add them with `time`")
         return cls(
             costs=Costs(**record["costs"]),
             groups=[
@@ -137,8 +138,8 @@ def _row(inputs: Inputs, ranks: int, mean_s: float, repeats: int) -> str:
     return f"| {ranks} | " + " | ".join(cells) + " |"
 
 
-def measure(run_dir: Path, policy: str, last_steps: int) -> None:
-    """Print the inputs as JSON."""
+def read(run_dir: Path, last_steps: int) -> None:
+    """Print what a run has recorded as JSON."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [record for record in map(json.loads, lines) if "time/step" in record]
     update_s, token_s = _line(
@@ -147,21 +148,26 @@ def measure(run_dir: Path, policy: str, last_steps: int) -> None:
     )
     paths = sorted((run_dir / "trajectories").glob("step-*.rank0.jsonl"))
     groups = [group for path in paths[-last_steps:] for group in _groups(path)]
-    engine, slots = _engine(policy)
     record = {
         "run": run_dir.name,
         "costs": {
-            **{name: round(value, 7) for name, value in engine.items()},
             "update_s": round(update_s, 3),
             "token_s": round(token_s, 7),
             "sync_s": round(fmean(record["time/sync"] for record in records), 3),
         },
         "groups_per_rank": round(len(groups) / len(paths[-last_steps:])),
-        "slots": slots,
         "rollout_s": round(fmean(record["time/rollout"] for record in records), 2),
         "groups": groups,
     }
     print(json.dumps(record, separators=(",", ":")))
+
+
+def time_engine(inputs: Path, policy: str) -> None:
+    """Add an engine's times to the file."""
+    record = json.loads(inputs.read_text(encoding="utf-8"))
+    engine, record["slots"] = _engine(policy)
+    record["costs"] |= {name: round(value, 7) for name, value in engine.items()}
+    inputs.write_text(json.dumps(record, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def _groups(path: Path) -> list[list[Any]]:
@@ -265,21 +271,25 @@ def _engine(policy: str) -> tuple[dict[str, float], int]:
 
 
 def main() -> None:
-    """Measure or simulate."""
+    """Read, time or simulate."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    measuring = commands.add_parser("measure", help="print the inputs")
-    measuring.add_argument("run", type=Path, help="folder of a one-rank run")
-    measuring.add_argument("--policy", default="smollm2", help="whose engine is timed: the run's")
-    measuring.add_argument("--last-steps", type=int, default=8, help="steps whose trajectories are kept")
+    reading = commands.add_parser("read", help="print what a run has recorded")
+    reading.add_argument("run", type=Path, help="folder of a one-rank run")
+    reading.add_argument("--last-steps", type=int, default=8, help="steps whose trajectories are kept")
+    timing = commands.add_parser("time", help="add the times of an idle engine")
+    timing.add_argument("inputs", type=Path)
+    timing.add_argument("--policy", default="smollm2", help="whose engine is timed: the run's")
     simulating = commands.add_parser("simulate", help="print the tables")
     simulating.add_argument("inputs", type=Path)
     simulating.add_argument("--repeats", type=int, default=8)
     args = parser.parse_args()
-    if args.command == "measure":
-        measure(args.run, args.policy, args.last_steps)
+    if args.command == "read":
+        read(args.run, args.last_steps)
+    elif args.command == "time":
+        time_engine(args.inputs, args.policy)
     else:
         simulate(Inputs.read(args.inputs), args.repeats)
 

@@ -1,27 +1,26 @@
 """What every test shares: a quiet, deterministic environment, the order of the run, and the tiny model.
 
-The longest checks, scripts of their own, start before the first test and run beside the others: unit tests
-keep one core busy.
+``make test`` runs two tests at a time (pytest-xdist), a file's one after another, and those that look at the
+same check script too: its results are made once, by whoever needs them first.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 HAS_GPU = Path("/dev/nvidiactl").exists()
-BACKGROUND = {"lora_checks": (1, 2), "update_checks": (1, 2), "tp_checks": (2,)}
-"""Check scripts that run beside the tests, named like their fixtures, and on how many ranks."""
+CHECKS = ("lora_checks", "update_checks", "tp_checks")
+"""Check scripts that tests of several files look at, named like their fixtures."""
 
 # Before anything imports torch: none of this can be changed afterwards. What the user has set stays.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a model hub is wrong
 os.environ.setdefault("WANDB_MODE", "disabled")
-os.environ.setdefault("OMP_NUM_THREADS", str(min(2, len(os.sched_getaffinity(0)))))
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(2, len(os.sched_getaffinity(0)) // workers))))
 
 from example import touch_shipped_files
 from searchrl.environment import prepare_environment
@@ -37,24 +36,20 @@ if TYPE_CHECKING:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run unit tests first, then integration, then GPU tests; without a GPU, skip the last."""
     items.sort(key=_stage)  # stable: within a stage the order of the files stays
-    if not HAS_GPU:
-        for item in items:
-            if item.get_closest_marker("gpu") is not None:
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+        if not HAS_GPU and item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 def _stage(item: pytest.Item) -> int:
-    if item.get_closest_marker("gpu") is not None:
-        return 3
-    if item.get_closest_marker("integration") is None:
-        return 0
-    return 2 if _background_checks([item]) else 1
+    return 2 if item.get_closest_marker("gpu") else 1 if item.get_closest_marker("integration") else 0
 
 
-def _background_checks(items: Sequence[pytest.Item]) -> list[str]:
-    """Those of them that these tests look at."""
-    asked = {name for item in items if isinstance(item, pytest.Function) for name in item.fixturenames}
-    return [name for name in BACKGROUND if name in asked]
+def _group(item: pytest.Item) -> str:
+    """Tests of a group run in one process."""
+    asked = item.fixturenames if isinstance(item, pytest.Function) else []
+    return next((name for name in CHECKS if name in asked), str(item.path))
 
 
 @pytest.fixture(scope="session")
@@ -85,47 +80,37 @@ def tokenizer(tiny_model: Path) -> PreTrainedTokenizerFast:
     return loaded
 
 
-@pytest.fixture(scope="session", autouse=True)
-def background(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[tuple[str, int], Future[tuple[Path, Checks]]]]:
-    """Check scripts that this session's tests look at, one after another, on one rank and on two."""
-    from integration.launch import run_checks
-
-    def check(script: str, ranks: int) -> tuple[Path, Checks]:
-        out = tmp_path_factory.mktemp(f"{script}{ranks}")
-        fails = script == "tp_checks"
-        return out, run_checks(script, out, *models, ranks=ranks, timeout_s=900, fails=fails)
-
-    scripts = _background_checks(request.session.items)
-    models = [request.getfixturevalue(name) for name in ("tiny_model", "tiny_model_untied") if scripts]
-    pool = ThreadPoolExecutor(1)
-    # Those on one rank first: beside the unit tests, some of which look at the clock, only one core is free.
-    order = [(script, ranks) for ranks in (1, 2) for script in scripts if ranks in BACKGROUND[script]]
-    yield {key: pool.submit(check, *key) for key in order}
-    pool.shutdown(cancel_futures=True)
-
-
 @pytest.fixture(scope="session")
 def update_checks(
-    background: dict[tuple[str, int], Future[tuple[Path, Checks]]],
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_model_untied: Path
 ) -> dict[int, tuple[Path, Checks]]:
     """By number of ranks: the folder and the results of ``update_checks``."""
-    return {ranks: background["update_checks", ranks].result() for ranks in (1, 2)}
+    models = (tiny_model, tiny_model_untied)
+    return {ranks: _checked("update_checks", tmp_path_factory, *models, ranks=ranks) for ranks in (1, 2)}
 
 
 @pytest.fixture(scope="session")
 def lora_checks(
-    background: dict[tuple[str, int], Future[tuple[Path, Checks]]],
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_model_untied: Path
 ) -> dict[int, tuple[Path, Checks]]:
     """By number of ranks: the folder and the results of ``lora_checks``."""
-    return {ranks: background["lora_checks", ranks].result() for ranks in (1, 2)}
+    models = (tiny_model, tiny_model_untied)
+    return {ranks: _checked("lora_checks", tmp_path_factory, *models, ranks=ranks) for ranks in (1, 2)}
 
 
 @pytest.fixture(scope="session")
-def tp_checks(background: dict[tuple[str, int], Future[tuple[Path, Checks]]]) -> Checks:
-    """The results of ``tp_checks``, where two ranks hold an engine."""
-    return background["tp_checks", 2].result()[1]
+def tp_checks(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_model_untied: Path) -> Checks:
+    """The results of ``tp_checks``, where two ranks hold an engine; how it ends is its last check."""
+    return _checked("tp_checks", tmp_path_factory, tiny_model, tiny_model_untied, ranks=2, fails=True)[1]
+
+
+def _checked(
+    script: str, factory: pytest.TempPathFactory, *models: Path, ranks: int, fails: bool = False
+) -> tuple[Path, Checks]:
+    from integration.launch import run_checks
+
+    out = factory.mktemp(f"{script}{ranks}")
+    return out, run_checks(script, out, *models, ranks=ranks, timeout_s=900, fails=fails)
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "data",
         "rewards",
         "algorithm",
+        "attention",
         "batching",
         "metrics",
         "phases",
@@ -53,7 +54,7 @@ OWNERS = {
     "vllm": {"engine", "engine.requests"},
     "deepspeed": {"actor"},
     "peft": {"policy"},
-    "transformers": {"protocol", "models", "retrieval.encoder", "policy"},
+    "transformers": {"protocol", "models", "retrieval.encoder", "policy", "attention"},
 }
 """Who may import a library that dictates how its users are written."""
 

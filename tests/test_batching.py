@@ -284,6 +284,10 @@ def test_without_shared_prefixes_rows_hold_what_they_may() -> None:
     whole = pack(same, 16, share_prefixes=False)
     assert [batch.input_ids.numel() for batch in whole] == [10, 10, 10, 10]
     assert all(batch.tree is None for batch in whole)
+    (both,) = pack(same[:2], 20, share_prefixes=False)
+    assert both.tree is not None
+    assert both.tree.input_ids.tolist() == both.input_ids.tolist()
+    assert both.tree.paths.tolist() == [list(range(10)), list(range(10, 20))]
 
 
 def test_an_empty_micro_batch_has_no_values() -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 import transformers
 
+from searchrl.attention import ALONG_PATHS
+from searchrl.batching import tree_of
 from searchrl.config import (
     Config,
     DataConfig,
@@ -300,7 +302,9 @@ def test_the_actor_gathers_what_is_planned() -> None:
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_activations_are_what_torch_keeps(is_packed: bool) -> None:
     """Bytes of everything that autograd saves in a forward pass, each storage once, without parameters."""
-    tokens = 256
+    # Four trajectories of 90 that share 40: 240 nodes, and 360 tokens along the paths.
+    tree = tree_of([[*range(40), *[100 + number] * 50] for number in range(4)], share_prefixes=True)
+    tokens = 240
     shape = replace(KNOWN_SHAPES["random:tiny"], layers=4)
     network = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -311,6 +315,7 @@ def test_activations_are_what_torch_keeps(is_packed: bool) -> None:
             num_attention_heads=shape.heads,
             num_key_value_heads=shape.kv_heads,
             head_dim=shape.head_dim,
+            attn_implementation=ALONG_PATHS,  # type: ignore[call-arg]  # of every configuration
         )
     )
     own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
@@ -324,11 +329,10 @@ def test_activations_are_what_torch_keeps(is_packed: bool) -> None:
             alive.append(tensor)
         return tensor
 
-    mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None] if is_packed else None
+    assert tree.input_ids.shape == (1, tokens)
+    paths = {"paths": tree.paths, "place": tree.place} if is_packed else {}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        network.model(
-            input_ids=torch.zeros(1, tokens, dtype=torch.long), attention_mask=mask, use_cache=False
-        )
+        network.model(input_ids=tree.input_ids, position_ids=tree.position_ids, use_cache=False, **paths)
     cfg = config(DType.float32, 0)
     cfg.batching.max_tokens = cfg.episode.max_context_tokens = tokens
     cfg.batching.packing = is_packed

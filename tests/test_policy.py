@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from searchrl.attention import ALONG_PATHS
 from searchrl.config import ConfigError, LoraConfig, ModelConfig
 from searchrl.policy import (
     PolicyModel,
@@ -200,5 +201,5 @@ def test_a_model_is_loaded_as_configured(tmp_path: Path) -> None:
     plain().save_pretrained(tmp_path)
     network = load_model(tmp_path, ModelConfig())
     assert network.dtype is torch.bfloat16
-    assert network.config._attn_implementation == "sdpa"
+    assert network.config._attn_implementation == ALONG_PATHS
     assert not adapter_parameters(network)

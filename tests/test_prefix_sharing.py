@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from searchrl.attention import ALONG_PATHS, attend_along_paths
 from searchrl.batching import MicroBatch, pack
 from searchrl.policy import PolicyModel, token_outputs
 from searchrl.trajectory import Finish, Outcome, Sample, Trajectory, Turn
@@ -41,18 +42,22 @@ GROUP = [
 ]
 
 
-@pytest.fixture(scope="module")
-def policy() -> PolicyModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
+def network_config(attention: str = "sdpa") -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        attn_implementation=attention,  # type: ignore[call-arg]  # of every configuration
     )
-    return PolicyModel(LlamaForCausalLM(config), temperature=1.0, chunk_size=8)
+
+
+@pytest.fixture(scope="module")
+def policy() -> PolicyModel:
+    torch.manual_seed(0)
+    return PolicyModel(LlamaForCausalLM(network_config(ALONG_PATHS)), temperature=1.0, chunk_size=8)
 
 
 def gradients(policy: PolicyModel, batches: list[MicroBatch]) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -82,6 +87,40 @@ def test_sharing_changes_neither_logprobs_nor_gradients(policy: PolicyModel) -> 
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_rows_without_shared_prefixes_hold_trajectories_apart(policy: PolicyModel) -> None:
+    (packed,) = pack(GROUP, max_tokens=64, share_prefixes=False)
+    (expected,) = pack(GROUP, max_tokens=64)
+    assert packed.tree is not None
+    assert packed.tree.input_ids.shape[1] == sum(len(item.trajectory.token_ids) for item in GROUP)
+    logprobs, _ = gradients(policy, [packed])
+    for name, values in gradients(policy, [expected])[0].items():
+        torch.testing.assert_close(logprobs[name], values, rtol=0, atol=1e-5)
+
+
+def test_a_packed_row_is_never_read_as_one_sequence(policy: PolicyModel) -> None:
+    (batch,) = pack(GROUP, max_tokens=64)
+    with pytest.raises(ValueError, match="sdpa"):
+        token_outputs(PolicyModel(LlamaForCausalLM(network_config()), temperature=1.0, chunk_size=8), batch)
+    batch.tree = None
+    with pytest.raises(ValueError, match="tree"):
+        token_outputs(policy, batch)
+
+
+def test_a_window_shorter_than_a_trajectory_is_refused() -> None:
+    states = torch.zeros(1, 2, 6, 4)
+    paths = torch.tensor([[0, 1, 2, 3], [0, 1, 4, 5]])
+    place = torch.tensor([0, 1, 2, 3, 6, 7])
+    attend_along_paths(
+        torch.nn.Module(), states, states, states, None, paths=paths, place=place, sliding_window=4
+    )
+    with pytest.raises(
+        NotImplementedError, match="attends to 3 tokens at most, but a trajectory has up to 4"
+    ):
+        attend_along_paths(
+            torch.nn.Module(), states, states, states, None, paths=paths, place=place, sliding_window=3
+        )
+
+
 def test_a_group_computes_only_its_distinct_prefixes() -> None:
     (batch,) = pack(GROUP[:4], max_tokens=64)
     assert batch.tree is not None
@@ -102,13 +141,14 @@ def test_every_token_keeps_its_own_prefix(pairs: list[tuple[list[int], list[int]
         assert batch.tree is None or batch.tree.input_ids.shape[1] <= max(budget, 11)
         if batch.tree is None:
             continue
-        ids, mask = batch.tree.input_ids[0], batch.tree.attention_mask[0, 0]
+        tree = batch.tree
+        ids = tree.input_ids[0]
+        assert tree.paths.flatten()[tree.place].tolist() == list(range(len(ids)))
         ends = torch.diff(batch.segment_ids[0], append=torch.tensor([-1])).nonzero().flatten().tolist()
         starts = [0, *(end + 1 for end in ends)]
-        for start, end in zip(starts, ends, strict=False):
-            for position in range(start, end + 1):
-                node = int(batch.tree.node_of[position])
-                ancestors = mask[node].nonzero().flatten()  # in order of depth: parents precede children
-                assert ids[ancestors].tolist() == batch.input_ids[0, start : position + 1].tolist()
-                assert int(batch.tree.position_ids[0, node]) == position - start
+        for path, start, end in zip(tree.paths, starts, ends, strict=False):
+            nodes = path[: end + 1 - start]
+            assert nodes.tolist() == tree.node_of[start : end + 1].tolist()
+            assert ids[nodes].tolist() == batch.input_ids[0, start : end + 1].tolist()
+            assert tree.position_ids[0, nodes].tolist() == list(range(len(nodes)))
         assert all(a < b for a, b in itertools.pairwise(starts))

@@ -41,7 +41,6 @@ COMMON = (
     "episode.max_consecutive_invalid=1",
     "engine.kv_cache_gib=1",
     "engine.max_num_seqs=64",
-    "batching.max_tokens=512",
     "loss.kl_coef=0",
     "optimizer.schedule=constant",
     "optimizer.warmup_steps=0",

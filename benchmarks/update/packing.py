@@ -109,23 +109,17 @@ def make_batches(kind: Kind, samples: Sequence[Sample], max_tokens: int) -> list
 
 def passes(policy: Any, batches: Sequence[MicroBatch], kind: Kind) -> None:
     """Forward and backward over all micro-batches."""
-    from searchrl.algorithm.logprobs import head_positions
+    from searchrl.policy import token_outputs
 
     for batch in batches:
-        positions = head_positions(batch.loss_mask, batch.segment_ids)
-        targets = batch.input_ids.flatten()[positions.token]
         if kind.everywhere:
             logits = policy.model(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
             ).logits
             everywhere = logits[:, :-1].log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
             logprobs = everywhere[batch.loss_mask[:, 1:]]
-        elif batch.tree is not None:
-            tree = batch.tree
-            predictor = tree.node_of[positions.predictor]
-            logprobs, _ = policy(tree.input_ids, tree.position_ids, tree.attention_mask, predictor, targets)
         else:
-            logprobs, _ = policy(batch.input_ids, batch.position_ids, None, positions.predictor, targets)
+            logprobs = token_outputs(policy, batch).logprobs
         logprobs.sum().backward()
 
 
@@ -134,6 +128,7 @@ def random_policy(shape: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
+    from searchrl.attention import ALONG_PATHS
     from searchrl.model_shape import KNOWN_SHAPES
     from searchrl.policy import PolicyModel
 
@@ -148,7 +143,9 @@ def random_policy(shape: str) -> Any:
         tie_word_embeddings=sizes.is_tied,
     )
     with torch.device("cuda"):
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        network = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation=ALONG_PATHS
+        )
     return PolicyModel(network, temperature=1.0, chunk_size=1024)
 
 

@@ -1,10 +1,9 @@
 """Samples to micro-batches: packed or padded, balanced over ranks. Pure; reductions are the caller's.
 
-A packed row holds whole trajectories one after another, and ``position_ids`` restart at each. transformers (≥
-5) derives the block-diagonal causal mask from those restarts, but only when called with
-``attention_mask=None`` *and* ``use_cache=False``: with a cache it attends across trajectories without a word.
-Padded rows need no mask either: padding is on the right, where causal attention cannot see it, and positions
-run on through it.
+A packed row holds whole trajectories one after another, and ``position_ids`` restart at each. A
+:class:`PrefixTree` says along which paths attention goes in it; FlashAttention, which runs the row itself,
+finds the restarts. Padded rows need neither: padding is on the right, where causal attention cannot see it,
+and positions run on through it.
 
 Example, two trajectories packed into one row::
 
@@ -36,19 +35,23 @@ class PrefixTree:
 
     The trajectories of a group share their prompt, often their first query and then its whole observation. A
     causal model's hidden state depends on a token's prefix alone, so equal prefixes need one computation, and
-    the gradient of every trajectory flows through it. Attention goes from a node to its ancestors::
+    the gradient of every trajectory flows through it. Attention goes along each trajectory's path::
 
         row       a b c d | a b e | a b c f        T = 11
         nodes     a b c d e f                      n = 6
         node_of   0 1 2 3   0 1 4   0 1 2 5
+        paths     0 1 2 3 | 0 1 4 . | 0 1 2 5      S = 3, L = 4
+        place     0 1 2 3 6 11                     in the flattened paths
     """
 
     input_ids: Tensor
     """long [1, n]."""
     position_ids: Tensor
     """long [1, n], a node's depth."""
-    attention_mask: Tensor
-    """bool [1, 1, n, n], True where row attends to column: its ancestors and itself."""
+    paths: Tensor
+    """long [S, L], each trajectory's nodes, padded on the right with any node."""
+    place: Tensor
+    """long [n], where each node first stands in the flattened ``paths``."""
     node_of: Tensor
     """long [T], the node of each token of the row."""
 
@@ -57,7 +60,8 @@ class PrefixTree:
         return PrefixTree(
             input_ids=self.input_ids.to(device),
             position_ids=self.position_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
+            paths=self.paths.to(device),
+            place=self.place.to(device),
             node_of=self.node_of.to(device),
         )
 
@@ -81,7 +85,7 @@ class MicroBatch:
     sample_ids: list[list[str]]
     """Per row and segment, the id of the sample."""
     tree: PrefixTree | None = None
-    """For a packed row whose trajectories share prefixes: what the model runs on in place of the row."""
+    """For a packed row of several trajectories: what the model runs on in place of the row."""
 
     @property
     def trajectory_ids(self) -> list[str]:
@@ -126,8 +130,7 @@ def pack(samples: Sequence[Sample], max_tokens: int, *, share_prefixes: bool = T
     Trajectories with the same prompt travel together and share their prefixes (see :class:`PrefixTree`); what
     counts against ``max_tokens`` is what the model computes. A trajectory longer than ``max_tokens`` gets a
     row of its own. The fullest rows come first, so that running out of memory shows at once; within a row,
-    samples keep their order. On a CPU attention costs T² a row: keep ``max_tokens`` near 512. Without
-    ``share_prefixes`` every trajectory counts whole: for attention kernels that take no mask.
+    samples keep their order. Without ``share_prefixes`` every trajectory is computed, and counts, whole.
 
     Raises:
         ValueError: ``max_tokens`` is not positive, or a sample is empty or has other than one log-probability
@@ -147,7 +150,7 @@ def pack(samples: Sequence[Sample], max_tokens: int, *, share_prefixes: bool = T
         rows[row] += units[number]
         room[row] -= sizes[number]
     contents = [[samples[index] for index in sorted(row)] for row in rows]
-    return [_build_shared(row) if share_prefixes else _build([row]) for row in contents]
+    return [_build_packed(row, share_prefixes) for row in contents]
 
 
 def pad(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:
@@ -298,27 +301,40 @@ def _size_with(trie: Trie, token_ids: Sequence[int]) -> int:
     return len(trie)
 
 
-def _build_shared(row: Sequence[Sample]) -> MicroBatch:
-    """A packed row, with its prefix tree if any prefix is shared."""
+def _build_packed(row: Sequence[Sample], share_prefixes: bool) -> MicroBatch:
+    """One row; with a tree if there are several trajectories, which must not see one another."""
     batch = _build([row])
-    nodes: Trie = {}
-    node_of = [node for sample in row for node in _insert(nodes, sample.trajectory.token_ids)]
-    if len(nodes) == len(node_of):
-        return batch
-    mask = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
-    depth: list[int] = []
-    for node, (parent, _) in enumerate(nodes):  # parents come before their children
-        if parent >= 0:
-            mask[node] = mask[parent]
-        mask[node, node] = True
-        depth.append(depth[parent] + 1 if parent >= 0 else 0)
-    batch.tree = PrefixTree(
-        input_ids=torch.tensor([[token for _, token in nodes]]),
-        position_ids=torch.tensor([depth]),
-        attention_mask=mask[None, None],
-        node_of=torch.tensor(node_of),
-    )
+    if len(row) > 1:
+        batch.tree = tree_of([sample.trajectory.token_ids for sample in row], share_prefixes)
     return batch
+
+
+def tree_of(sequences: Sequence[Sequence[int]], share_prefixes: bool) -> PrefixTree:
+    """The tree of token ids; without ``share_prefixes`` every token is a node of its own."""
+    paths: list[list[int]] = []
+    tokens: list[int] = []
+    if share_prefixes:
+        trie: Trie = {}
+        paths = [_insert(trie, sequence) for sequence in sequences]
+        tokens = [token for _, token in trie]
+    else:
+        for sequence in sequences:
+            paths.append(list(range(len(tokens), len(tokens) + len(sequence))))
+            tokens += sequence
+    width = max(map(len, paths))
+    padded = torch.zeros(len(paths), width, dtype=torch.long)
+    place = torch.empty(len(tokens), dtype=torch.long)
+    for number in reversed(range(len(paths))):  # so that the first to hold a node has the last word
+        nodes = torch.tensor(paths[number])
+        padded[number, : len(nodes)] = nodes
+        place[nodes] = torch.arange(len(nodes)) + number * width
+    return PrefixTree(
+        input_ids=torch.tensor([tokens]),
+        position_ids=(place % width).unsqueeze(0),
+        paths=padded,
+        place=place,
+        node_of=torch.tensor([node for path in paths for node in path]),
+    )
 
 
 def _build(rows: Sequence[Sequence[Sample]]) -> MicroBatch:

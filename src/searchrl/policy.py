@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from searchrl.algorithm.logprobs import HeadPositions, chunked_logprobs, head_positions
-from searchrl.batching import MicroBatch
+from searchrl.attention import ALONG_PATHS
+from searchrl.batching import MicroBatch, PrefixTree
 from searchrl.config import Attention, ConfigError, LoraConfig, ModelConfig
 from searchrl.distributed import seed_everything
 
@@ -48,7 +49,7 @@ class PolicyModel(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        attention_mask: Tensor | None,
+        tree: PrefixTree | None,
         predictor: Tensor,
         targets: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -57,17 +58,20 @@ class PolicyModel(nn.Module):
         Args:
             input_ids: [B, T].
             position_ids: [B, T], restarting at every packed trajectory.
-            attention_mask: bool [B, 1, T, T], or None: causal within what ``position_ids`` delimits.
+            tree: whose nodes the T tokens of the only row are; None: rows are sequences, padded on the right.
             predictor: [N] flat positions whose hidden state predicts a target.
             targets: [N] token ids.
 
         Returns:
             fp32 [N], fp32 [N].
         """
+        kernels = self.model.config._attn_implementation
+        if tree is not None and kernels != ALONG_PATHS:  # which would ignore the paths without a word
+            raise ValueError(f"{kernels} attention cannot run a tree; load the network with load_model")
         # base_model is transformers' name for the network without its head; adapters stand inside it.
-        # Without a cache transformers derives the block-diagonal mask of packed rows from position_ids.
+        paths = {} if tree is None else {"paths": tree.paths, "place": tree.place}
         hidden = self.model.base_model(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, **paths
         ).last_hidden_state
         hidden = hidden.flatten(0, 1)[predictor]
         head = self.head
@@ -113,7 +117,7 @@ class ReferencePolicy(Protocol):
 
 
 def runs_on_trees(model: ModelConfig) -> bool:
-    """FlashAttention takes no mask: it runs the packed row itself, whose position_ids delimit sequences."""
+    """FlashAttention runs the packed row itself, whose position_ids delimit sequences."""
     return model.attention is Attention.sdpa
 
 
@@ -123,16 +127,21 @@ def token_outputs(module: Any, batch: MicroBatch, use_tree: bool = True) -> Toke
     Args:
         module: returns log-probabilities and entropies.
         batch: on the module's device.
-        use_tree: compute every distinct prefix of a packed row once.
+        use_tree: packed rows run as their trees.
+
+    Raises:
+        ValueError: a row of several trajectories has no tree, though it should run as one.
     """
+    if use_tree and batch.tree is None and any(len(row) > 1 for row in batch.sample_ids):
+        raise ValueError("a row of several trajectories needs its tree, or they would attend to one another")
     positions = head_positions(batch.loss_mask, batch.segment_ids)
     targets = batch.input_ids.flatten()[positions.token]
     if batch.tree is None or not use_tree:
         logprobs, entropy = module(batch.input_ids, batch.position_ids, None, positions.predictor, targets)
-    else:  # the model runs on the distinct prefixes only
+    else:
         tree = batch.tree
         logprobs, entropy = module(
-            tree.input_ids, tree.position_ids, tree.attention_mask, tree.node_of[positions.predictor], targets
+            tree.input_ids, tree.position_ids, tree, tree.node_of[positions.predictor], targets
         )
     return TokenOutputs(logprobs=logprobs, entropy=entropy, positions=positions, batch=batch)
 
@@ -150,8 +159,9 @@ def load_model(path: Path | str, config: ModelConfig, *, zero3: dict[str, Any] |
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     keep_alive = HfDeepSpeedConfig(zero3) if zero3 is not None else None  # found through a weak reference
+    kernels = ALONG_PATHS if runs_on_trees(config) else str(config.attention)
     network = AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, config.dtype), attn_implementation=str(config.attention)
+        path, dtype=getattr(torch, config.dtype), attn_implementation=kernels
     )
     del keep_alive
     return network

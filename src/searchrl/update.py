@@ -21,7 +21,6 @@ from searchrl.algorithm.mismatch import ImportanceTotals, measure
 from searchrl.batching import MicroBatch, balance, pack, pad, split_minibatches
 from searchrl.config import (
     Aggregation,
-    Attention,
     Config,
     ImportanceConfig,
     KlPlacement,
@@ -33,7 +32,7 @@ from searchrl.distributed import World, gather_objects, reduce_values
 from searchrl.extensions import load_function
 from searchrl.objective import KnownTerms, PolicyObjective, reduce_totals
 from searchrl.out_of_memory import OutOfMemoryError, TokenBudget
-from searchrl.policy import ReferencePolicy
+from searchrl.policy import ReferencePolicy, runs_on_trees
 from searchrl.trajectory import Sample
 
 BySample = dict[str, Tensor]
@@ -217,9 +216,7 @@ def make_batches(samples: Sequence[Sample], cfg: Config, max_tokens: int) -> lis
     """Micro-batches within the token budget, packed or padded."""
     if not cfg.batching.packing:
         return pad(samples, max_tokens)
-    # FlashAttention takes no mask, so it cannot run on a tree of prefixes.
-    shares = cfg.model.attention is Attention.sdpa
-    return pack(samples, max_tokens, share_prefixes=shares)
+    return pack(samples, max_tokens, share_prefixes=runs_on_trees(cfg.model))
 
 
 def _logprobs(policy: Actor | ReferencePolicy, cut: Cut, world: World) -> BySample:

@@ -13,8 +13,9 @@ Estimates, marked as such where they are printed:
 
 - What a layer keeps of a token for its backward pass, after arXiv 2205.05198 (section 4.1), but for this
   architecture: two norms, which compute in fp32, 2h(4 + 2b); queries, repeated keys and values, and the
-  attention's result twice, 5ab; the gated MLP, 4ib (h hidden, a heads · head_dim, i intermediate). For a
-  packed row of T tokens each layer also keeps its mask as numbers, T²b. With gradient checkpointing a layer
+  attention's result twice, 5ab; the gated MLP, 4ib (h hidden, a heads · head_dim, i intermediate). In packed
+  rows four of the five are looked up along each trajectory, half again as many tokens where a prompt is
+  shared and lengths differ a little (``attention``). With gradient checkpointing a layer
   keeps its input, hb a token, and one layer at a time the rest. Without gradients only that layer is there.
 - The head in chunks of C positions: two fp32 buffers [C, V] in the forward pass; in the backward pass one
   (two with an entropy bonus) and, where the head is trained, the fp32 accumulator [V, h] of its gradient;
@@ -273,7 +274,7 @@ def layer_activations(cfg: Config, shape: ModelShape) -> int:
     queries = shape.heads * shape.head_dim
     layer = tokens * (2 * shape.hidden * (4 + 2 * b) + 5 * queries * b + 4 * shape.intermediate * b)
     if cfg.batching.packing and cfg.model.attention is Attention.sdpa:
-        layer += cfg.batching.max_tokens**2 * b
+        layer += tokens * 2 * queries * b
     return layer
 
 
