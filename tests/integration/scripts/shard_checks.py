@@ -1,0 +1,98 @@
+"""Checkpoints of real actors: the next step is the same, at every stage, after a change of stage or of ranks.
+
+Run by ``update_checks``, on two ranks after one: those read what that one saved.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from integration.scripts.offload_checks import CASES, Bench, same
+from searchrl.actor import Actor
+from searchrl.config import DType
+from searchrl.distributed import World, barrier
+
+ELSEWHERE = {  # read at another stage
+    "zero0": (3, DType.float32),
+    "zero3/fp32": (0, DType.float32),
+    "zero1": (3, DType.bfloat16),
+    "zero3": (2, DType.bfloat16),
+}
+FROM_ONE_RANK = ("zero0", "zero2", "zero3", "zero3/fp32")
+
+
+def save_actor(actor: Actor, folder: Path, world: World) -> None:
+    """All ranks' shares in one new folder."""
+    if world.is_main:
+        folder.mkdir(parents=True)
+    barrier()
+    actor.save(folder)
+    barrier()
+
+
+def state(actor: Actor) -> dict[str, Tensor]:
+    """Weights as the engine gets them, and first moments, by name."""
+    moments = {f"moment {name}": tensor for name, tensor in actor.first_moments().items()}
+    return {name: tensor.clone().contiguous() for name, tensor in actor.named_weights()} | moments
+
+
+def check_case(out: Path, name: str, model: Path, world: World) -> dict[str, Any]:
+    """Two updates, a checkpoint, a third; and the third once more from the checkpoint."""
+    case, fresh = CASES[name], out / name / "fresh"
+    bench = Bench(model, *case, world, offloads=False)
+    save_actor(bench.actor, fresh, world)
+    bench.update(0)
+    first = state(bench.actor)
+    bench.update(1)
+    save_actor(bench.actor, out / name, world)
+    expected = state(bench.actor)
+    if world.is_main:
+        save_file({key: tensor.cpu() for key, tensor in expected.items()}, out / name / "expected")
+    bench.update(2)
+
+    again = Bench(model, *case, world, offloads=True)
+    again.actor.load(fresh)
+    again.update(0)
+    result: dict[str, Any] = {
+        "from the beginning": same(state(again.actor), first),
+        "an update matters": not same(first, expected),
+    }
+    again = Bench(model, *case, world, offloads=True)
+    again.actor.load(out / name)
+    result["loaded"] = same(state(again.actor), expected)
+    again.actor.offload()
+    again.actor.reload()
+    again.update(2)
+    result["continued"] = same(state(again.actor), state(bench.actor))
+    if name in ELSEWHERE:
+        other = Bench(model, *ELSEWHERE[name], world, offloads=False)
+        other.actor.load(out / name)
+        result["loaded elsewhere"] = same(state(other.actor), expected)
+        other.update(2)
+        result["error elsewhere"] = error(state(other.actor), state(bench.actor))
+    return result
+
+
+def check_ranks(saved: Path, name: str, model: Path, world: World) -> bool:
+    """What another number of ranks saved."""
+    bench = Bench(model, *CASES[name], world, offloads=False)
+    bench.actor.load(saved / name)
+    return same(state(bench.actor), load_file(saved / name / "expected"))
+
+
+def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest difference."""
+    return max(float((found[name] - tensor).abs().max()) for name, tensor in expected.items())
+
+
+def check(out: Path, first: Path, model: Path, world: World) -> dict[str, Any]:
+    """Every case on all ranks; ``first`` is the folder of the run on one rank."""
+    results = {name: check_case(out / "shards", name, model, world) for name in CASES}
+    if world.size > 1:
+        for name in FROM_ONE_RANK:
+            results[name]["from one rank"] = check_ranks(first / "shards", name, model, world)
+    return results
