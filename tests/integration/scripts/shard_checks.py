@@ -1,20 +1,23 @@
 """Checkpoints of real actors: the next step is the same, at every stage, after a change of stage or of ranks.
 
-Run by ``update_checks``, on two ranks after one: those read what that one saved.
+Run by ``update_checks``, on two ranks after one: those read what that one saved. ``shard_checks OUT MODEL
+DEVICE`` runs alone, on a GPU as well.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from integration.scripts.common import write_results
 from integration.scripts.offload_checks import CASES, Bench, same
-from searchrl.actor import Actor
+from searchrl.actor import Actor, init_communication
 from searchrl.config import DType
-from searchrl.distributed import World, barrier
+from searchrl.distributed import World, barrier, init_world
 
 ELSEWHERE = {  # read at another stage
     "zero0": (3, DType.float32),
@@ -68,6 +71,7 @@ def check_case(out: Path, name: str, model: Path, world: World) -> dict[str, Any
     again.actor.reload()
     again.update(2)
     result["continued"] = same(state(again.actor), state(bench.actor))
+    result["error"] = error(state(again.actor), state(bench.actor))
     if name in ELSEWHERE:
         other = Bench(model, *ELSEWHERE[name], world, offloads=False)
         other.actor.load(out / name)
@@ -96,3 +100,14 @@ def check(out: Path, first: Path, model: Path, world: World) -> dict[str, Any]:
         for name in FROM_ONE_RANK:
             results[name]["from one rank"] = check_ranks(first / "shards", name, model, world)
     return results
+
+
+def main(out: Path, model: Path, device: str) -> None:
+    """Check alone."""
+    world = init_world(device)
+    init_communication(world)
+    write_results(out, check(out, out, model, world))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
