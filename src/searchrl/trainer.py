@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -298,8 +299,11 @@ def _evaluate_before(run: Run, start: int) -> list[Result] | None:
 def _finish(run: Run, actor: Actor, before: list[Result] | None, log: MetricLog | None) -> Path:
     """Export and evaluate the trained policy; the folder that it is in."""
     env = run.env
-    final = env.run_dir / "model"
-    actor.export(final, env.tokenizer)
+    final, partial = env.run_dir / "model", env.run_dir / ".model.partial"
+    actor.export(partial, env.tokenizer)
+    if env.world.is_main:  # whole or not at all: a killed run may be resumed, a model be read meanwhile
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
     after = _evaluate(run, env.cfg.steps, env.cfg.eval.questions)
     if log is not None:
         log.write(env.cfg.steps, eval_metrics(after))

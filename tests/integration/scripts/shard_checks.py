@@ -45,16 +45,17 @@ def state(actor: Actor) -> dict[str, Tensor]:
 
 def check_case(out: Path, name: str, model: Path, world: World) -> dict[str, Any]:
     """Two updates, a checkpoint, a third; and the third once more from the checkpoint."""
-    case, fresh = CASES[name], out / name / "fresh"
+    case, folder = CASES[name], out / name.replace("/", "-")
+    fresh = folder.with_suffix(".fresh")
     bench = Bench(model, *case, world, offloads=False)
     save_actor(bench.actor, fresh, world)
     bench.update(0)
     first = state(bench.actor)
     bench.update(1)
-    save_actor(bench.actor, out / name, world)
+    save_actor(bench.actor, folder, world)
     expected = state(bench.actor)
     if world.is_main:
-        save_file({key: tensor.cpu() for key, tensor in expected.items()}, out / name / "expected")
+        save_file({key: tensor.cpu() for key, tensor in expected.items()}, folder / "expected")
     bench.update(2)
 
     again = Bench(model, *case, world, offloads=True)
@@ -65,7 +66,7 @@ def check_case(out: Path, name: str, model: Path, world: World) -> dict[str, Any
         "an update matters": not same(first, expected),
     }
     again = Bench(model, *case, world, offloads=True)
-    again.actor.load(out / name)
+    again.actor.load(folder)
     result["loaded"] = same(state(again.actor), expected)
     again.actor.offload()
     again.actor.reload()
@@ -74,7 +75,7 @@ def check_case(out: Path, name: str, model: Path, world: World) -> dict[str, Any
     result["error"] = error(state(again.actor), state(bench.actor))
     if name in ELSEWHERE:
         other = Bench(model, *ELSEWHERE[name], world, offloads=False)
-        other.actor.load(out / name)
+        other.actor.load(folder)
         result["loaded elsewhere"] = same(state(other.actor), expected)
         other.update(2)
         result["error elsewhere"] = error(state(other.actor), state(bench.actor))
@@ -83,9 +84,9 @@ def check_case(out: Path, name: str, model: Path, world: World) -> dict[str, Any
 
 def check_ranks(saved: Path, name: str, model: Path, world: World) -> bool:
     """What another number of ranks saved."""
-    bench = Bench(model, *CASES[name], world, offloads=False)
-    bench.actor.load(saved / name)
-    return same(state(bench.actor), load_file(saved / name / "expected"))
+    bench, folder = Bench(model, *CASES[name], world, offloads=False), saved / name.replace("/", "-")
+    bench.actor.load(folder)
+    return same(state(bench.actor), load_file(folder / "expected"))
 
 
 def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
