@@ -23,11 +23,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from searchrl.trajectory import Example, Trajectory
@@ -42,6 +41,18 @@ TIMED = (
     *("retrieval/latency", "retrieval/requests", "retrieval/retries"),
 )
 """Metrics about the machine, not about what was learnt."""
+
+
+NEVER = 10**9
+COUNTS: dict[str, Callable[[random.Random], int]] = {
+    "rollout": lambda rng: (
+        2 * rng.randint(1, 4) - 1
+    ),  # a step waits for rollouts twice: for its own, then ahead
+    "update": lambda rng: rng.randint(1, 4),
+    "sync": lambda rng: rng.randint(1, 4),
+    "save": lambda rng: rng.randint(1, 2),
+}
+"""How often a target begins before it is the one in which a run is killed."""
 
 
 def noisy(trajectory: Trajectory, example: Example) -> float:
@@ -99,7 +110,7 @@ def target(event: Mapping[str, Any]) -> str | None:
 
 
 def durations(run_dir: Path) -> dict[str, float]:
-    """Seconds that each target usually takes."""
+    """Seconds that each target takes, the longest of them."""
     found: dict[str, list[float]] = {name: [] for name in TARGETS}
     begun: dict[str, float] = {}
     for event in events(run_dir):
@@ -109,7 +120,7 @@ def durations(run_dir: Path) -> dict[str, float]:
             found[event["phase"]].append(event["time"] - begun.pop(event["phase"]))
         elif event["event"] == "checkpoint_saved":
             found["save"].append(event["time"] - begun.pop("save"))
-    return {name: median(seconds) for name, seconds in found.items()}
+    return {name: max(seconds) for name, seconds in found.items()}
 
 
 def live(run_dir: Path, overrides: Sequence[str], aim: str, count: int, delay_s: float) -> tuple[str, bool]:
@@ -183,15 +194,20 @@ def chain(
     out: Path, reference: Path, overrides: Sequence[str], number: int, kills: int, rng: random.Random
 ) -> Iterator[Kill]:
     """One run, killed up to ``kills`` times until it ends."""
-    run_dir, expected, usual = out / f"run-{number}", dict(recorded(reference)), durations(reference)
+    run_dir, expected, longest = out / f"run-{number}", dict(recorded(reference)), durations(reference)
     aims = cycle(rng.sample(TARGETS, len(TARGETS)))
     before: tuple[str, int, float, bool] | None = None
     ended = False
     done = 0
     while not ended:
         aim = next(aims)
-        count = 10**9 if done == kills else rng.randint(1, 2 if aim == "save" else 4)
-        text, ended = live(run_dir, overrides, aim, count, rng.uniform(0.0, usual[aim]))
+        text, ended = live(
+            run_dir,
+            overrides,
+            aim,
+            NEVER if done == kills else COUNTS[aim](rng),
+            rng.uniform(0.0, longest[aim]),
+        )
         killed = time.time()
         if before is not None:
             doing, step, after_s, unfinished = before
@@ -236,7 +252,7 @@ def main() -> None:
     overrides = [f"steps={args.steps}", f"processes={args.ranks}", *more]
     args.out.mkdir(parents=True)
     reference, rng = args.out / "reference", random.Random(args.seed)
-    _, ended = live(reference, overrides, "save", 10**9, 0.0)
+    _, ended = live(reference, overrides, "save", NEVER, 0.0)
     assert ended
     print("| kill | moment | step | seconds into it | part of a checkpoint left | the next start | equal |")
     print("|" + "---|" * 7)
