@@ -85,8 +85,7 @@ def update_checks(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_model_untied: Path
 ) -> dict[int, tuple[Path, Checks]]:
     """By number of ranks: the folder and the results of ``update_checks``."""
-    models = (tiny_model, tiny_model_untied)
-    return {ranks: _checked("update_checks", tmp_path_factory, *models, ranks=ranks) for ranks in (1, 2)}
+    return _on_one_and_two("update_checks", tmp_path_factory, tiny_model, tiny_model_untied)
 
 
 @pytest.fixture(scope="session")
@@ -94,14 +93,21 @@ def lora_checks(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_model_untied: Path
 ) -> dict[int, tuple[Path, Checks]]:
     """By number of ranks: the folder and the results of ``lora_checks``."""
-    models = (tiny_model, tiny_model_untied)
-    return {ranks: _checked("lora_checks", tmp_path_factory, *models, ranks=ranks) for ranks in (1, 2)}
+    return _on_one_and_two("lora_checks", tmp_path_factory, tiny_model, tiny_model_untied)
 
 
 @pytest.fixture(scope="session")
 def tp_checks(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_model_untied: Path) -> Checks:
     """The results of ``tp_checks``, where two ranks hold an engine; how it ends is its last check."""
     return _checked("tp_checks", tmp_path_factory, tiny_model, tiny_model_untied, ranks=2, fails=True)[1]
+
+
+def _on_one_and_two(
+    script: str, factory: pytest.TempPathFactory, *models: Path
+) -> dict[int, tuple[Path, Checks]]:
+    alone = _checked(script, factory, *models, ranks=1)
+    # What one rank left, two may look at.
+    return {1: alone, 2: _checked(script, factory, *models, alone[0], ranks=2)}
 
 
 def _checked(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
@@ -16,7 +17,15 @@ from omegaconf import OmegaConf
 import searchrl.config
 from example import CONF
 from searchrl.cli import _claim_run_dir, config_folder, load_config, main, run
-from searchrl.config import Config, ConfigError, EpisodeConfig, ModelConfig, RetrievalConfig, RetrievalKind
+from searchrl.config import (
+    Config,
+    ConfigError,
+    EpisodeConfig,
+    ModelConfig,
+    RetrievalConfig,
+    RetrievalKind,
+    settings_to_keep,
+)
 from searchrl.validation import validate
 
 GROUPS = sorted(
@@ -317,6 +326,29 @@ RENORMALISE = "truncates the distribution that rollouts sample from, but the los
             "not have; choose retrieval=shuffled, or set it to false",
         ),
         (["seed=-1"], "seed=-1 must not be negative"),
+        (
+            ["resume=maybe"],
+            "resume=maybe says nothing; choose false, true (there must be a checkpoint) or auto",
+        ),
+        (
+            ["resume=auto", "resume_changes=[optimizer.rl]"],
+            "resume_changes=optimizer.rl is nothing that a resumed run must keep; did you mean optimizer.lr?",
+        ),
+        (
+            ["resume=auto", "resume_changes=[watch.window]"],
+            "resume_changes=watch.window is nothing that a resumed run must keep; it may change anyway, or "
+            "does not exist",
+        ),
+        (
+            ["saving.keep_best=true", "saving.every=10", "eval.every=4"],
+            "saving.keep_best needs an evaluation with every checkpoint, but saving.every=10 is no multiple "
+            "of eval.every=4; set both, for example to 50 and 25",
+        ),
+        (
+            ["saving.keep_best=true", "eval.every=4"],
+            "saving.keep_best needs an evaluation with every checkpoint, but saving.every=0 is no multiple "
+            "of eval.every=4; set both, for example to 50 and 25",
+        ),
         (["optimizer.lr=0"], "optimizer.lr=0 must be above 0"),
         (["optimizer.lr=-1e-6"], "optimizer.lr=-1e-06 must be above 0"),
         (["optimizer.lr=nan"], "optimizer.lr=nan must be above 0"),
@@ -693,6 +725,32 @@ def test_runs_and_evaluations_do_not_continue_one_another(workplace: Path) -> No
     cfg.resume = False
     with pytest.raises(ConfigError, match="runs/smoke holds a run already"):
         _claim_run_dir(cfg, resolved, training=False)
+
+
+def test_a_resumed_run_with_other_settings_is_refused_before_anything_is_written(workplace: Path) -> None:
+    cfg, resolved = load_config(["+experiment=smoke"])
+    _claim_run_dir(cfg, resolved)
+    recorded = (workplace / "runs/smoke/config.yaml").read_text(encoding="utf-8")
+    checkpoint = workplace / "runs/smoke/checkpoints/step-000002"
+    checkpoint.mkdir(parents=True)
+    state = {"step": 2, "identity": settings_to_keep(cfg), "world_size": 1}
+    (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    for resume in ("true", "auto"):
+        other, other_resolved = load_config(["+experiment=smoke", "loss=gspo", f"resume={resume}"])
+        with pytest.raises(ConfigError) as caught:
+            _claim_run_dir(other, other_resolved)
+        assert str(caught.value) == (
+            "runs/smoke/checkpoints/step-000002 belongs to another run:\n"
+            "  - loss.kind: 'clip' there, 'gspo' here\n"
+            "  - loss.eps_low: 0.2 there, 0.0003 here\n"
+            "  - loss.eps_high: 0.28 there, 0.0004 here\n"
+            "  - loss.aggregation: 'token' there, 'sequence' here\n"
+            "set them back, choose another name=…, or mean it: "
+            "resume_changes=[loss.kind,loss.eps_low,loss.eps_high,loss.aggregation]"
+        )
+        assert (workplace / "runs/smoke/config.yaml").read_text(encoding="utf-8") == recorded
+    same, same_resolved = load_config(["+experiment=smoke", "steps=9", "watch.window=9", "resume=auto"])
+    _claim_run_dir(same, same_resolved)
 
 
 def test_an_evaluation_does_not_write_over_a_run(workplace: Path) -> None:

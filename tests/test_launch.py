@@ -111,7 +111,7 @@ SLURM = {
 }
 
 
-@pytest.mark.parametrize(("restarts", "more"), [({}, []), ({"SLURM_RESTART_COUNT": "1"}, ["resume=true"])])
+@pytest.mark.parametrize(("restarts", "more"), [({}, []), ({"SLURM_RESTART_COUNT": "1"}, ["resume=auto"])])
 def test_slurm(cluster: Cluster, restarts: dict[str, str], more: list[str]) -> None:
     assert cluster.run("bash", "launch/slurm.sbatch", "+experiment=smoke", **SLURM, **restarts) == (0, "")
     asked, overrides = started(cluster)

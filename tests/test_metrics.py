@@ -73,6 +73,7 @@ def test_weights_and_biases_works_without_a_network(tmp_path: Path) -> None:
     log.write(1, {"reward/mean": 0.25})
     log.write(2, {"reward/mean": 0.5})
     log.close()
+    assert log.wandb_run
     (recorded,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     wanted = (b"searchrl", b"reward/mean", b"0.25", b"0.5", b"seed")
     deadline = time.monotonic() + 30
@@ -80,3 +81,15 @@ def test_weights_and_biases_works_without_a_network(tmp_path: Path) -> None:
     while missing := [part for part in wanted if part not in recorded.read_bytes()]:
         assert time.monotonic() < deadline, missing
         time.sleep(0.1)
+
+
+def test_a_resumed_run_is_the_same_run_to_weights_and_biases(tmp_path: Path) -> None:
+    log = MetricLog(tmp_path, LoggerConfig(wandb=WandbMode.offline), {}, wandb_run="a1b2c3")
+    log.close()
+    assert log.wandb_run == "a1b2c3"
+    assert [path.suffix for path in tmp_path.glob("wandb/offline-run-*-a1b2c3/run-a1b2c3.wandb")] == [
+        ".wandb"
+    ]
+    plain = MetricLog(tmp_path, LoggerConfig(), {})
+    plain.close()
+    assert plain.wandb_run == ""

@@ -94,3 +94,21 @@ def test_what_cannot_be_cut_ends_the_run() -> None:
     with pytest.raises(OutOfMemoryError, match="too long"):
         held.lower(OutOfMemoryError("too long", tokens=100, can_retry=False))
     assert (held.tokens, held.take_retries()) == (64, 0)
+
+
+@pytest.mark.parametrize(
+    ("configured", "expected", "says"),
+    [(4096, 2000, ["resume: batching.max_tokens=2000, because memory ran out before"]), (1024, 1024, [])],
+)
+def test_a_resumed_run_keeps_the_lower_budget_unless_another_is_configured(
+    configured: int, expected: int, says: list[str]
+) -> None:
+    held = TokenBudget(tokens=4096)
+    held.lower(OutOfMemoryError("memory ran out", tokens=4000, can_retry=True))
+    said: list[str] = []
+    resumed = TokenBudget(tokens=configured, say=said.append)
+    resumed.load_state_dict(held.state_dict())
+    assert (resumed.tokens, said) == (expected, says)
+    again = TokenBudget(tokens=configured)  # a run may be resumed more than once
+    again.load_state_dict(resumed.state_dict())
+    assert again.tokens == expected

@@ -161,29 +161,6 @@ def test_adapters_depend_on_the_seed_alone() -> None:
     assert not torch.equal(first(3, draws=0), first(4, draws=0))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_state_dict_holds_what_is_trained_and_no_less(tied: bool) -> None:
-    policy = PolicyModel(adapted(LoraConfig(rank=4), tied=tied), temperature=1.0, chunk_size=8)
-    state = policy.state_dict()
-    assert sorted(state) == sorted(n for n, p in policy.named_parameters() if p.requires_grad)
-    fresh = PolicyModel(adapted(LoraConfig(rank=4), tied=tied, train=False), temperature=1.0, chunk_size=8)
-    fresh.load_state_dict(state)
-    assert torch.equal(logprobs(fresh.model), logprobs(policy.model))
-    missing = next(iter(state))
-    del state[missing]
-    with pytest.raises(RuntimeError, match=f'Missing key.*"{missing}"'):
-        fresh.load_state_dict(state)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_without_adapters_a_state_dict_holds_everything(tied: bool) -> None:
-    network = plain(tied=tied)
-    policy = PolicyModel(network, temperature=1.0, chunk_size=8)
-    assert sorted(policy.state_dict()) == sorted(f"model.{name}" for name in network.state_dict())
-    with pytest.raises(RuntimeError, match="Missing key"):
-        policy.load_state_dict({})
-
-
 def test_adapters_are_saved_as_peft_saves_them(tmp_path: Path) -> None:
     lora = LoraConfig(rank=4, alpha=8.0)
     network = adapted(lora)

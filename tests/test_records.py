@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from searchrl.config import RewardConfig, RewardKind
-from searchrl.records import policy_lag, rollout_tally, write_trajectories
+from searchrl.records import drop_later, policy_lag, rollout_tally, write_trajectories
 from searchrl.rewards import ScoredGroup, score_group
 from searchrl.trajectory import (
     Document,
@@ -272,3 +272,34 @@ def test_the_runs_of_the_mask_give_the_mask_back(tmp_path: Path) -> None:
         runs = json.loads(line)["provenance"]
         assert [tag for tag, length in runs for _ in range(length)] == trajectory.provenance
         assert all(left[0] != right[0] for left, right in pairwise(runs))
+
+
+@pytest.mark.parametrize(
+    ("step", "kept"),
+    [
+        (2, {"step-000002.rank0", "step-000002.rank1", "eval-000002.rank0", "eval.rank0"}),
+        (0, {"eval.rank0"}),
+        (
+            9,
+            {
+                "step-000002.rank0",
+                "step-000002.rank1",
+                "step-000003.rank1",
+                "eval-000002.rank0",
+                "eval.rank0",
+            },
+        ),
+    ],
+)
+def test_what_was_written_about_later_steps_goes(tmp_path: Path, step: int, kept: set[str]) -> None:
+    """Also files that nobody would write over: those of ranks that there are no more."""
+    names = ("step-000002.rank0", "step-000002.rank1", "step-000003.rank1", "eval-000002.rank0", "eval.rank0")
+    paths = [tmp_path / "trajectories" / f"{name}.jsonl" for name in names]
+    paths += [tmp_path / "eval" / f"step-00000{number}.json" for number in (2, 3)]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    drop_later(tmp_path, step)
+    assert {path.name.removesuffix(".jsonl") for path in (tmp_path / "trajectories").iterdir()} == kept
+    evaluations = {path.name for path in (tmp_path / "eval").iterdir()}
+    assert evaluations == {f"step-00000{number}.json" for number in (2, 3) if number <= step}

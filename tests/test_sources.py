@@ -63,8 +63,8 @@ cfg = Config(
 world = init_world("cpu")
 dist.init_process_group("gloo")
 with asyncio.Runner() as runner:
-    with open_retriever(cfg, world, Console(enabled=False), runner, RetrievalMeter()) as retriever:
-        (found,) = runner.run(retriever.search("capital of Ghana", 1))
+    with open_retriever(cfg, world, Console(enabled=False), runner, RetrievalMeter()) as source:
+        (found,) = runner.run(source.retriever.search("capital of Ghana", 1))
         dist.barrier()
         log = folder / "run" / ("retriever.rank1.log" if world.rank else "retriever.log")
         port = re.search(r"serving on port (\\d+)", log.read_text())[1]
@@ -84,7 +84,8 @@ class Searcher:
         self._open = open_retriever(
             cfg, World(rank=0, size=1, local_rank=0, device="cpu"), Console(enabled=False), runner, self.meter
         )
-        self._retriever = self._open.__enter__()
+        source = self._open.__enter__()
+        self._retriever, self.identity = source.retriever, source.identity
 
     def __call__(self, query: str, top_k: int = 1) -> list[Document]:
         return self._runner.run(self._retriever.search(query, top_k))

@@ -39,7 +39,16 @@ from searchrl.policy import (
     save_adapters,
     token_outputs,
 )
-from searchrl.zero import NormClip, deepspeed_config, offload_update
+from searchrl.shards import read_pieces, saved_steps, write_pieces
+from searchrl.zero import (
+    NormClip,
+    deepspeed_config,
+    make_states,
+    offload_update,
+    optimizer_steps,
+    refresh_parameters,
+    trained_pieces,
+)
 
 SYNC_BUCKET_ELEMENTS = 64 * 2**20
 """Parameters gathered at one time when weights leave the actor under ZeRO-3."""
@@ -260,33 +269,36 @@ class Actor:
             return {name: state[p]["exp_avg"].clone() for name, p in trained}
         return {name: safe_get_full_optimizer_state(p, "exp_avg").clone() for name, p in trained}
 
-    def save(self, folder: Path, state: dict[str, object]) -> None:
-        """Write what is trained and the optimizer's state, with ``state`` beside them. A collective.
+    def save(self, folder: Path) -> None:
+        """Write this rank's share of what is trained and of AdamW's moments into ``folder``. No collective.
 
         Raises:
             OffloadedError: between ``offload`` and ``reload``.
+            ShardError: the files cannot be written.
         """
         self._need_states()
-        self._engine.save_checkpoint(
-            str(folder),
-            tag="actor",
-            client_state=state,
-            save_latest=False,
-            exclude_frozen_parameters=True,
+        # Without ZeRO every rank has everything.
+        pieces = (
+            trained_pieces(self._engine, self._zero_stage, self._world)
+            if self._zero_stage > 0 or self._world.is_main
+            else []
         )
+        steps = optimizer_steps(self._engine, self._zero_stage)
+        write_pieces(pieces, folder, rank=self._world.rank, steps=steps)
 
-    def load(self, folder: Path) -> dict[str, object]:
-        """Read what ``save`` wrote and return its ``state``. A collective.
+    def load(self, folder: Path) -> None:
+        """Read what ``save`` wrote on any number of ranks, at any ZeRO stage; before any step. A collective.
 
         Raises:
-            FileNotFoundError: there is no checkpoint in ``folder``.
-            RuntimeError: it holds other tensors than are trained here.
+            OffloadedError: between ``offload`` and ``reload``.
+            ShardError: ``folder`` does not hold everything that is trained here.
         """
         self._need_states()
-        path, state = self._engine.load_checkpoint(str(folder), tag="actor")
-        if path is None:
-            raise FileNotFoundError(f"no actor checkpoint in {folder}")
-        return dict(state)
+        steps = saved_steps(folder)
+        if steps:
+            make_states(self._engine, self._zero_stage, steps=steps)
+        read_pieces(trained_pieces(self._engine, self._zero_stage, self._world), folder)
+        refresh_parameters(self._engine, self._zero_stage)
 
     def export(self, folder: Path, tokenizer: Any) -> None:
         """Write a Hugging Face model folder that transformers and vLLM load. A collective.

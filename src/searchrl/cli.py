@@ -253,6 +253,7 @@ def _claim_run_dir(cfg: Config, resolved: dict[str, Any], *, training: bool = Tr
     """Create the run directory and record the configuration; never write over another run or evaluation."""
     from omegaconf import OmegaConf
 
+    from searchrl.checkpoint import check_settings
     from searchrl.config import ConfigError
 
     if os.environ.get("RANK", "0") != "0":
@@ -266,6 +267,8 @@ def _claim_run_dir(cfg: Config, resolved: dict[str, Any], *, training: bool = Tr
         raise ConfigError(
             f"{run_dir} holds a run already; continue it with resume=true, or choose another name=..."
         )
+    if cfg.resume and training:
+        check_settings(cfg)
     run_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(resolved), run_dir / "config.yaml")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import socket
@@ -88,6 +89,11 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def derived_seed(seed: int, key: str) -> int:
+    """A seed below 2^31 of its own for whatever ``key`` names: a function of the two alone."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=4).digest(), "big") >> 1
 
 
 def reduce_values(values: Sequence[float], op: str) -> list[float]:

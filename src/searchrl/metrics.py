@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -42,6 +43,7 @@ class MetricLog:
         run_config: dict[str, Any],
         *,
         resumed_step: int | None = None,
+        wandb_run: str = "",
     ) -> None:
         """Open the sinks.
 
@@ -51,6 +53,8 @@ class MetricLog:
             run_config: the resolved configuration, recorded by Weights & Biases.
             resumed_step: the step of the checkpoint that the run continues from, if it does; records of
                 later steps are dropped, because those steps are done again.
+            wandb_run: the id of the run that Weights & Biases is to continue; empty: a new one. Steps that it
+                has already it keeps: those done again are the same.
         """
         path = run_dir / "metrics.jsonl"
         if resumed_step is not None and path.exists():
@@ -66,12 +70,18 @@ class MetricLog:
                 dir=str(run_dir),
                 mode="online" if config.wandb is WandbMode.online else "offline",
                 config=run_config,
+                id=wandb_run or None,
+                # Offline nothing can be looked up: the id alone joins the parts when they are synced.
+                resume="allow" if wandb_run and config.wandb is WandbMode.online else None,
             )
+        self.wandb_run: str = "" if self._wandb is None else self._wandb.id
+        """Its id there."""
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One record: ``step`` and the values."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # a checkpoint counts on what stands here, after a power cut too
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
@@ -96,5 +106,8 @@ def read_records(run_dir: Path, last_step: int) -> list[dict[str, float]]:
 def _drop_records_after(path: Path, step: int) -> None:
     kept = [json.dumps(record) + "\n" for record in read_records(path.parent, step)]
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write("".join(kept))
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)

@@ -15,8 +15,8 @@ the next collective, or those that go on would wait for the one that failed for 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -47,16 +47,18 @@ class OutOfMemoryError(SearchrlError, RuntimeError):
 
 @dataclass(kw_only=True, slots=True)
 class TokenBudget:
-    """Tokens of one micro-batch, halved for the rest of the run whenever memory runs out.
-
-    No part of a checkpoint: it says something about a machine, not about what was learnt, and whoever resumes
-    may have more memory, other ranks or another configuration. Finding it again costs one attempt.
-    """
+    """Tokens of one micro-batch, halved for the rest of the run whenever memory runs out."""
 
     tokens: int
     say: Callable[[str], None] = lambda _: None
     """Tells a person."""
+    configured: int = field(init=False)
+    """What it began with: ``batching.max_tokens``."""
     _retries: int = 0
+
+    def __post_init__(self) -> None:
+        """Remember what was configured."""
+        self.configured = self.tokens
 
     def lower(self, failure: OutOfMemoryError) -> None:
         """Half of what failed; alike on all ranks.
@@ -70,6 +72,16 @@ class TokenBudget:
         self.tokens = max(1, min(self.tokens, failure.tokens) // 2)
         self._retries += 1
         self.say(f"{failure}; again, and from now on, with batching.max_tokens={self.tokens}")
+
+    def state_dict(self) -> dict[str, int]:
+        """What ``load_state_dict`` needs: how work is cut decides how sums are rounded."""
+        return {"configured": self.configured, "tokens": self.tokens}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on with a saved budget, unless another one has been configured since."""
+        if state["configured"] == self.configured and state["tokens"] < self.tokens:
+            self.tokens = state["tokens"]
+            self.say(f"resume: batching.max_tokens={self.tokens}, because memory ran out before")
 
     def take_retries(self) -> int:
         """How often it was lowered since this was last asked."""

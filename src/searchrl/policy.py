@@ -26,19 +26,13 @@ from searchrl.distributed import seed_everything
 
 
 class PolicyModel(nn.Module):
-    """A causal language model that returns log-probabilities of loss tokens instead of logits.
-
-    Its ``state_dict`` holds what is trained: frozen weights are those of the model that it was loaded from.
-    """
+    """A causal language model that returns log-probabilities of loss tokens instead of logits."""
 
     def __init__(self, model: nn.Module, *, temperature: float, chunk_size: int) -> None:
         super().__init__()
         self.model: Any = model
         self.temperature = temperature
         self.chunk_size = chunk_size
-        # torch annotates neither of the two.
-        self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_expect_no_frozen)  # type: ignore[no-untyped-call]
 
     @property
     def head(self) -> Any:
@@ -78,22 +72,6 @@ class PolicyModel(nn.Module):
         return chunked_logprobs(
             hidden, head.weight, getattr(head, "bias", None), targets, self.temperature, self.chunk_size
         )
-
-
-def _frozen(module: nn.Module) -> list[str]:
-    """Names of what is not trained; a tied head's both."""
-    return [n for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad]
-
-
-def _drop_frozen(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: object) -> None:
-    for name in _frozen(module):
-        del state_dict[prefix + name]
-
-
-def _expect_no_frozen(module: nn.Module, incompatible: Any) -> None:
-    """Leaves as missing, which a strict load refuses, what is trained and was not there."""
-    frozen = set(_frozen(module))
-    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in frozen]
 
 
 @dataclass(kw_only=True, slots=True)

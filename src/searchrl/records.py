@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -85,6 +86,18 @@ def write_trajectories(path: Path, scored: Sequence[ScoredGroup]) -> None:
                 scores = {"error": item.error(index), **_reward_scores(reward)}
                 record = trajectory_record(item.group, index, scores)
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def drop_later(run_dir: Path, step: int) -> None:
+    """Delete later steps' trajectories and evaluations: a run that continues after ``step`` makes them anew.
+
+    They would not all be written over: another number of ranks writes other files.
+    """
+    for folder in ("trajectories", "eval"):
+        for path in (run_dir / folder).glob("*.json*"):
+            numbered = re.match(r"(?:step|eval)-(\d+)\.", path.name)
+            if numbered is not None and (int(numbered[1]) > step or step == 0):
+                path.unlink()
 
 
 def _reward_scores(reward: Reward | None) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from searchrl.config import EpisodeConfig, SamplingConfig
+from searchrl.distributed import derived_seed
 from searchrl.engine import Engine, GenerationRequest
 from searchrl.protocol import Answer, Invalid, Protocol, Search
 from searchrl.tools import Tool, ToolError
@@ -135,7 +135,7 @@ class Rollout:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            seed=_seed(self.seed, key),
+            seed=derived_seed(self.seed, key),  # the same whoever else is running
         )
         generation = await self.engine.generate(request)
         return Turn(
@@ -145,8 +145,3 @@ class Rollout:
             finish=generation.finish,
             policy_version=self.engine.policy_version,
         )
-
-
-def _seed(seed: int, key: str) -> int:
-    """A seed of its own for every generation: the same episode samples the same whoever else is running."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=4).digest(), "big") >> 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from searchrl.actor import Actor, init_communication
+from searchrl.checkpoint import Checkpoints, Saved, identity_of
 from searchrl.config import Config, ConfigError, RetrievalKind, RewardKind
 from searchrl.console import Console
 from searchrl.data.readers import read_examples
@@ -46,6 +47,8 @@ class Environment:
     tool: Tool
     searches: RetrievalMeter
     """What this rank's searches did since it was last asked."""
+    source: str
+    """Names what decides search results."""
     score: Scorer
     """Rewards of groups, as ``reward`` says."""
     train_examples: list[Example]
@@ -78,11 +81,11 @@ def open_environment(cfg: Config, *, training: bool = True) -> Iterator[Environm
         protocol = Protocol(tokenizer, cfg.episode)
         searches = RetrievalMeter()
         tool: Tool
+        source = stack.enter_context(open_retriever(cfg, world, console, runner, searches))
         if cfg.retrieval.kind is RetrievalKind.oracle:
             tool = oracle(cfg, eval_examples)
         else:
-            retriever = stack.enter_context(open_retriever(cfg, world, console, runner, searches))
-            tool = SearchTool(retriever, top_k=cfg.episode.top_k)
+            tool = SearchTool(source.retriever, top_k=cfg.episode.top_k)
         yield Environment(
             cfg=cfg,
             world=world,
@@ -94,6 +97,7 @@ def open_environment(cfg: Config, *, training: bool = True) -> Iterator[Environm
             protocol=protocol,
             tool=tool,
             searches=searches,
+            source=source.identity,
             score=stack.enter_context(open_scorer(cfg.reward, protocol.eos_text, runner)),
             train_examples=train_examples,
             eval_examples=eval_examples,
@@ -134,6 +138,32 @@ def open_run(cfg: Config) -> Iterator[Run]:
     """An environment with the initial policy in an engine."""
     with open_environment(cfg) as env:
         yield load_policy(env, initial_policy(env))
+
+
+@contextmanager
+def open_training(cfg: Config) -> Iterator[tuple[Run, Checkpoints, Saved | None]]:
+    """A run, its checkpoints, and the one that it continues from, which is checked before anything loads.
+
+    Raises:
+        CheckpointError: none is whole, or there is none, although ``resume=true``.
+        ConfigError: it belongs to another run.
+    """
+    with open_environment(cfg) as env:
+        checkpoints = Checkpoints(
+            folder=env.run_dir / "checkpoints",
+            saving=cfg.saving,
+            world=env.world,
+            identity=identity_of(
+                cfg,
+                model=resolve_model(cfg.checkpoint or cfg.model.path, Path(cfg.assets)),
+                questions=fingerprint(env.train_examples),
+                retrieval=env.source,
+            ),
+            changes=cfg.resume_changes,
+            say=env.console.say,
+        )
+        saved = checkpoints.find(must=cfg.resume is True) if cfg.resume else None
+        yield load_policy(env, initial_policy(env)), checkpoints, saved
 
 
 def load_policy(env: Environment, model: Path | str) -> Run:

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from searchrl.config import Config, ConfigError, IndexKind, RetrievalKind
@@ -30,11 +31,24 @@ class SourceError(SearchrlError, RuntimeError):
     """The configured source of search results does not answer, or not as this run needs it."""
 
 
+_UNNAMED = "servers "
+"""How the identity of servers begins that do not name their index: all that is known are their addresses."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Source:
+    """Where a run's search results come from."""
+
+    retriever: Retriever
+    identity: str
+    """A name for all that decides its answers; of servers that do not name their index it says no more."""
+
+
 @contextmanager
 def open_retriever(
     cfg: Config, world: World, console: Console, runner: asyncio.Runner, meter: RetrievalMeter
-) -> Iterator[Retriever]:
-    """The configured retriever, counted by ``meter`` and, with ``retrieval.cache``, recorded.
+) -> Iterator[Source]:
+    """The configured source, counted by ``meter`` and, with ``retrieval.cache``, recorded.
 
     Raises:
         SearchrlError: the source, the index or the recording cannot be used; the message says why.
@@ -48,7 +62,9 @@ def open_retriever(
             cached = CachedRetriever(source, cache, meter)
             stack.callback(lambda: runner.run(cached.aclose()))
             retriever = cached
-        yield MeteredRetriever(retriever, meter)
+        # Servers move; that is no reason not to continue a run.
+        shown = "servers that do not name their index" if identity.startswith(_UNNAMED) else identity
+        yield Source(retriever=MeteredRetriever(retriever, meter), identity=shown)
 
 
 @contextmanager
@@ -61,7 +77,8 @@ def _open_source(
         case RetrievalKind.none | RetrievalKind.oracle:  # an oracle is a tool, and asks no retriever
             yield NoRetriever(), "none"
         case RetrievalKind.replay:
-            yield ReplayRetriever(retrieval.cache), "replay"
+            recording = ReplayRetriever(retrieval.cache)
+            yield recording, recording.source
         case RetrievalKind.http:
             client = _client(cfg, list(retrieval.urls), meter, token=os.environ.get(TOKEN_VARIABLE) or None)
             yield client, _index_identity(runner, client, retrieval.urls)
@@ -91,7 +108,7 @@ def _index_identity(runner: asyncio.Runner, client: HttpRetriever, urls: Sequenc
     """The index behind ``client``, or the servers where they do not name it; the same on every rank."""
     try:
         found = runner.run(client.fingerprint())
-        identity = f"index {found}" if found else "servers " + " ".join(sorted(urls))
+        identity = f"index {found}" if found else _UNNAMED + " ".join(sorted(urls))
         for rank, other in enumerate(gather_objects(identity)):
             if other != identity:
                 raise SourceError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from searchrl.actor import Actor
-from searchrl.checkpoint import Checkpoints
 from searchrl.collect import Collected, collect
 from searchrl.config import Config, Device, KlPlacement
 from searchrl.data.readers import first_of_each_source
@@ -34,10 +34,11 @@ from searchrl.plan import MEMORY_COLUMNS, memory_rows
 from searchrl.policy import ReferencePolicy
 from searchrl.records import policy_lag, rollout_tally, write_trajectories
 from searchrl.reference import Reference
+from searchrl.resuming import Saver, begin_step, make_room, open_log, resume
 from searchrl.retrieval.meter import RetrievalStats, merge_stats
 from searchrl.rewards import ScoredGroup
 from searchrl.samples import to_samples, unscored_samples
-from searchrl.setup import Run, make_actor, open_run
+from searchrl.setup import Run, make_actor, open_training
 from searchrl.trajectory import Example, Group, Sample
 from searchrl.update import apply_update, prepare_update, reward_penalties
 from searchrl.watch import CollapseError, Watch
@@ -54,31 +55,31 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
         cfg: a validated configuration.
         resolved: the same as plain containers, for the logs.
     """
-    with open_run(cfg) as run, _rollouts(run) as rollouts:
+    with open_training(cfg) as (run, checkpoints, saved), _rollouts(run) as rollouts:
         env, phases = run.env, run.env.phases
         actor = make_actor(run)
         reference = _reference(run, actor)
-        checkpoints = Checkpoints(folder=env.run_dir / "checkpoints", keep=cfg.saving.keep, world=env.world)
         sync = _weight_sync(run, actor)
-        start = _resume(run, actor, rollouts.sampler, checkpoints) if cfg.resume else 0
+        budget = TokenBudget(tokens=cfg.batching.max_tokens, say=env.console.say)
+        start = resume(run, saved, actor=actor, sampler=rollouts.sampler, budget=budget)
         # Main's numbers on every rank: a watch that stops the run must stop it everywhere.
         watch = Watch(cfg.watch, broadcast_object(read_records(env.run_dir, start)))
-        log = MetricLog(env.run_dir, cfg.logger, resolved, resumed_step=start) if env.world.is_main else None
+        log = open_log(run, resolved, saved)
+        saver = Saver(run, actor, sync, checkpoints, rollouts, budget, log)
         actor.offload()
         first = sync(env.runner, version=start)
         env.console.say(f"sync: engine and trainer agree to {first.probe_max_abs_diff:.2g} nats")
         before = _evaluate_before(run, start)
-        budget = TokenBudget(tokens=cfg.batching.max_tokens, say=env.console.say)
 
         for step in range(start, cfg.steps):
             if watch.must_stop():
                 raise _stopped(watch, checkpoints.path(step))
-            phases.step = step + 1
+            begin_step(run, step)
             with phases("rollout"):
                 played = _take(run, rollouts, step)
             rollouts.start_early(step + 1)
             with phases("swap"):
-                _make_room(run, actor)
+                make_room(run, actor)
             with phases("logprob"):
                 samples, penalized = _samples(run, actor, reference, played.collected.chosen, budget)
                 update = prepare_update(actor, reference, samples, cfg=cfg, world=env.world, budget=budget)
@@ -101,9 +102,9 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
             for alarm in alarms:
                 env.console.say(f"watch: {alarm}")
             if watch.must_stop() or cfg.saving.is_due(step + 1):
-                _save(run, actor, sync, rollouts, checkpoints, step + 1)
+                saver.save(step + 1, metrics)
 
-        _save(run, actor, sync, rollouts, checkpoints, max(start, cfg.steps))
+        saver.save(cfg.steps)
         return _finish(run, actor, before, log)
 
 
@@ -261,40 +262,6 @@ def _weight_sync(run: Run, actor: Actor) -> WeightSync:
     )
 
 
-def _make_room(run: Run, actor: Actor) -> None:
-    """The engine sleeps and the optimizer comes back, unless the engine is at the next rollout already."""
-    if not run.env.cfg.overlap:
-        run.engine.sleep()
-    actor.reload()
-
-
-def _save(
-    run: Run,
-    actor: Actor,
-    sync: WeightSync,
-    rollouts: Rollouts[Played],
-    checkpoints: Checkpoints,
-    step: int,
-) -> None:
-    """Save after ``step``. A checkpoint needs the optimizer: it takes the engine's place once more."""
-    _make_room(run, actor)
-    path = checkpoints.save(actor, step=step, sampler=rollouts.sampler_state())
-    run.env.phases.event("checkpoint_saved", path=path.name)
-    actor.offload()
-    if run.engine.is_asleep:
-        sync(run.env.runner, version=step)
-
-
-def _resume(run: Run, actor: Actor, sampler: Sampler, checkpoints: Checkpoints) -> int:
-    state = checkpoints.resume(actor)
-    if state is None:
-        run.env.console.say(f"resume: no checkpoint in {checkpoints.folder}, starting from the beginning")
-        return 0
-    sampler.load_state_dict(state["sampler"])
-    run.env.console.say(f"resume: continuing after step {state['step']}")
-    return int(state["step"])
-
-
 def _evaluate(run: Run, step: int, questions: int) -> list[Result]:
     env = run.env
     examples = first_of_each_source(env.eval_examples, questions)
@@ -320,18 +287,23 @@ def _evaluate(run: Run, step: int, questions: int) -> list[Result]:
 
 
 def _evaluate_before(run: Run, start: int) -> list[Result] | None:
-    """The initial policy's results: measured now or, in a resumed run, read back."""
-    saved = run.env.run_dir / "eval" / "step-000000.json"
-    if start > 0:
-        return load_results(saved) if saved.exists() else None
-    return _evaluate(run, 0, run.env.cfg.eval.questions) if run.env.cfg.eval.before else None
+    """The initial policy's results: measured now or, in a resumed run, read back, if asked the same."""
+    saved, asked = run.env.run_dir / "eval" / "step-000000.json", run.env.cfg.eval.questions
+    if start == 0:
+        return _evaluate(run, 0, asked) if run.env.cfg.eval.before else None
+    results = load_results(saved) if saved.exists() else []
+    now = [example.id for example in first_of_each_source(run.env.eval_examples, asked)]
+    return results if [result.id for result in results] == now else None
 
 
 def _finish(run: Run, actor: Actor, before: list[Result] | None, log: MetricLog | None) -> Path:
     """Export and evaluate the trained policy; the folder that it is in."""
     env = run.env
-    final = env.run_dir / "model"
-    actor.export(final, env.tokenizer)
+    final, partial = env.run_dir / "model", env.run_dir / ".model.partial"
+    actor.export(partial, env.tokenizer)
+    if env.world.is_main:  # whole or not at all: a killed run may be resumed, a model be read meanwhile
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
     after = _evaluate(run, env.cfg.steps, env.cfg.eval.questions)
     if log is not None:
         log.write(env.cfg.steps, eval_metrics(after))

@@ -114,6 +114,19 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
     raise AssertionError(f"it ended without printing {text!r}:\n{printed}")
 
 
+def wait_for_event(events: Path, event: str, *, step: int, timeout_s: float = 300, **details: object) -> None:
+    """Return as soon as ``events.jsonl`` has such a line that was not there before."""
+    deadline, seen = time.monotonic() + timeout_s, events.stat().st_size if events.exists() else 0
+    wanted = {"event": event, "step": step, **details}
+    while time.monotonic() < deadline:
+        new = events.read_bytes()[seen:] if events.exists() else b""
+        for line in new.splitlines(keepends=True):
+            if line.endswith(b"\n") and wanted.items() <= json.loads(line).items():
+                return
+        time.sleep(0.002)
+    raise AssertionError(f"{events} never had {wanted}")
+
+
 def served_port(printed: str) -> str:
     """The port that a search server said it serves on."""
     found = re.search(r"serving on port (\d+)", printed)

@@ -55,19 +55,17 @@ def test_exports_compute_what_the_policy_does(result: dict[str, Any]) -> None:
 
 
 def test_a_resumed_run_takes_exactly_the_same_step(result: dict[str, Any]) -> None:
-    assert result["resumed state"] == 2
     assert result["resumed"] == 0
 
 
 def test_a_checkpoint_holds_the_adapters_alone(result: dict[str, Any]) -> None:
-    # two layers of seven linear modules of two matrices; nothing else, no frozen fragments of ZeRO either
-    assert result["saved"] == [28, True, False]
+    # two layers of seven linear modules of two matrices; nothing else
+    assert result["saved"] == [28, True]
 
 
 def test_a_checkpoint_without_one_of_them_is_refused(result: dict[str, Any]) -> None:
     message, name = result["refusal"]
-    assert "Missing key" in message
-    assert name in message
+    assert f"missing or of another size: weight of {name}, exp_avg of {name}" in message
 
 
 def test_adapters_begin_alike_at_every_stage_and_on_any_ranks(

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from example import ROOT, custom_overrides
-from integration.launch import child, gone, python, read_until, run, served_port, started
+from integration.launch import child, gone, python, read_until, run, served_port, started, wait_for_event
 
 pytestmark = pytest.mark.integration
 
@@ -148,11 +148,23 @@ def killed_trainer(bench: Bench) -> Ended:
 
 
 def resumed(bench: Bench) -> Ended:
-    """The killed run, continued to its fourth step."""
+    """The killed run, continued to its fourth step, killed again while it saves that, and continued."""
     killed = killed_trainer(bench)
     shutil.copytree(bench.at("killed"), bench.at("resumed"))
-    ended = bench.run("resumed", "steps=4", *AHEAD, "resume=true")
-    return Ended(ended.code, ended.printed, server_gone=killed.server_gone)
+    continued = ("steps=4", *AHEAD, "resume=auto")
+    with started(bench.command("resumed", *continued), cwd=bench.folder, timeout_s=300) as process:
+        wait_for_event(bench.at("resumed") / "events.jsonl", "checkpoint_begun", step=4)
+        process.kill()
+        printed, _ = process.communicate()
+    ended = bench.run("resumed", *continued)
+    return Ended(ended.code, printed + ended.printed, server_gone=killed.server_gone)
+
+
+def fewer_ranks(bench: Bench) -> tuple[Ended, Ended]:
+    """Two steps on two ranks, two more on one."""
+    first = bench.run("two", "steps=2", "saving={every: 0}", "processes=2")
+    shutil.copytree(bench.at("two"), bench.at("fewer"))
+    return first, bench.run("fewer", "steps=4", "saving={every: 0}", "resume=true")
 
 
 def signalled(bench: Bench, name: str, at: str, sent: signal.Signals, *overrides: object) -> Ended:
@@ -230,7 +242,7 @@ def later(bench: Bench, finished: Ended) -> Iterator[dict[str, Future[Any]]]:
         "stopped": lambda: signalled(bench, "stopped", "step 1/50", signal.SIGSTOP, "steps=50", *IMPATIENT),
         "swapped": lambda: other_index(bench),
         "watched": lambda: watched(bench),
-        "two ranks": lambda: bench.run("two", "steps=2", "saving={every: 0}", "processes=2"),
+        "two ranks": lambda: fewer_ranks(bench),
         "custom": lambda: bench.run("custom", *custom_overrides()[2:], *EVERYTHING, ranks=2),
         "doctor": lambda: bench.run("doctor", mode="doctor"),
         "eval": lambda: bench.run(
@@ -361,11 +373,12 @@ def test_engine_and_trainer_take_turns_in_order(bench: Bench, finished: Ended) -
     save = [
         ("engine_sleep", True),
         ("actor_reload", True),
+        ("checkpoint_begun", None),
         ("checkpoint_saved", None),
         ("actor_offload", True),
     ]
     for step in (1, 2, 3, 4):
-        saves = {1: 0, 2: 1, 3: 0, 4: 2}[step]  # every second step, and at the end
+        saves = {1: 0, 2: 1, 3: 0, 4: 1}[step]  # every second step; the last is not saved twice
         assert [told(event) for event in events if event["step"] == step] == TURNS + save * saves
     # The engine is there before the trainer, and sleeps while that is built.
     start = [told(event)[0] for event in events if event["step"] == 0]
@@ -441,7 +454,14 @@ def test_a_killed_run_resumes_exactly(bench: Bench, later: dict[str, Future[Ende
     assert later["ahead"].result().code == 0
     ended = later["resumed"].result()
     assert ended.code == 0, ended.printed
-    assert "resume: continuing after step 2" in ended.printed
+    first, second = [line for line in ended.printed.splitlines() if line.startswith("resume: ")]
+    assert first == "resume: continuing after step 2 from runs/resumed/checkpoints/step-000002"
+    # Whether the kill came before the checkpoint appeared or after it: nothing in between.
+    assert second.replace("2", "4") == first.replace("2", "4")
+    assert [path.name for path in sorted((bench.at("resumed") / "checkpoints").iterdir())] == [
+        "step-000002",
+        "step-000004",
+    ]
     assert [record["step"] for record in bench.steps("killed")] == [1, 2, 3]
     assert [record["step"] for record in bench.steps("resumed")] == [1, 2, 3, 4]
     same(bench.steps("resumed"), bench.steps("ahead"), tolerance=0.0)
@@ -527,8 +547,8 @@ def test_a_watch_stops_the_run_after_a_checkpoint_from_which_it_goes_on(
     assert "watch: mismatch" not in continued.printed  # it has been said
 
 
-def test_two_ranks_do_what_one_does(bench: Bench, later: dict[str, Future[Ended]]) -> None:
-    ended = later["two ranks"].result()
+def test_two_ranks_do_what_one_does(bench: Bench, later: dict[str, Future[tuple[Ended, Ended]]]) -> None:
+    ended, _ = later["two ranks"].result()
     assert ended.code == 0, ended.printed
     assert "Warning" not in ended.printed
     assert ended.printed.count("step 1/2  reward") == 1  # only one rank prints
@@ -536,6 +556,24 @@ def test_two_ranks_do_what_one_does(bench: Bench, later: dict[str, Future[Ended]
     halves = [bench.trajectories("two", f"step-000001.rank{rank}.jsonl") for rank in (0, 1)]
     whole = bench.trajectories("finished", "step-000001.rank0.jsonl")
     assert [streams(record) for half in halves for record in half] == [streams(record) for record in whole]
+
+
+def test_one_rank_goes_on_where_two_were(bench: Bench, later: dict[str, Future[tuple[Ended, Ended]]]) -> None:
+    _, ended = later["two ranks"].result()
+    assert ended.code == 0, ended.printed
+    folder = "runs/fewer/checkpoints/step-000002"
+    assert f"resume: continuing after step 2 from {folder}, which 2 ranks saved" in ended.printed
+    same(bench.steps("fewer"), bench.steps("finished"), tolerance=1e-3)
+    for step in (3, 4):
+        ours, theirs = (
+            bench.trajectories(name, f"step-{step:06d}.rank0.jsonl") for name in ("fewer", "finished")
+        )
+        assert [record["question_id"] for record in ours] == [record["question_id"] for record in theirs]
+    names = {path.name for path in (bench.at("fewer") / "trajectories").glob("step-*")}
+    assert names == {
+        f"step-00000{step}.rank{rank}.jsonl"
+        for step, rank in [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (4, 0)]
+    }
 
 
 def test_the_doctor_finds_nothing_in_the_way_of_these_runs(later: dict[str, Future[Ended]]) -> None:

@@ -22,6 +22,7 @@ from searchrl.config.algorithm import (
     UpdateConfig,
     WeightMode,
 )
+from searchrl.config.resume import COMPARED_BY_CONTENT, settings_to_keep
 from searchrl.config.retrieval import (
     IndexKind,
     RetrievalConfig,
@@ -62,6 +63,7 @@ from searchrl.config.schema import (
 from searchrl.config.watch import WatchAction, WatchConfig
 
 __all__ = [
+    "COMPARED_BY_CONTENT",
     "JUDGE_TEMPLATE",
     "PROMPT_TEMPLATE",
     "AdvantageConfig",
@@ -111,4 +113,5 @@ __all__ = [
     "WatchConfig",
     "WebConfig",
     "WeightMode",
+    "settings_to_keep",
 ]

@@ -253,6 +253,9 @@ class SavingConfig:
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    keep_best: bool = False
+    """Also keep the checkpoint whose evaluation found the highest exact match. For runs that may collapse
+    late. Every checkpoint needs an evaluation: ``every`` must be a multiple of ``eval.every``."""
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is saved after ``step`` steps because of ``every``."""
@@ -322,8 +325,13 @@ class Config:
     overlap: bool = False
     """Roll out the next step while this one is trained: its policy is one update older, which ``importance``
     corrects. For rollouts that wait for slow searches (docs/operations.md)."""
-    resume: bool = False
-    """Continue from the newest checkpoint in the run directory; an evaluation: from what it has answered."""
+    resume: bool | str = False
+    """``true``: continue from the newest whole checkpoint in the run directory; there must be one. ``auto``:
+    continue if there is one, else begin: for schedulers, which start a job again with the same command. An
+    evaluation continues from what it has answered, with either."""
+    resume_changes: tuple[str, ...] = ()
+    """Keys that a resumed run changes on purpose, say [optimizer.lr]. Without it a checkpoint that was made
+    with another value of anything that decides what is learnt is refused."""
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

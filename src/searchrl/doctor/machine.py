@@ -172,8 +172,9 @@ def disk(cfg: Config, ranks: int) -> Iterator[Finding]:
         needed = 0
         if plan is not None:
             model, states = (plan.amount(name, Phase.load) for name in ("parameters", "optimizer"))
-            needed = (cfg.saving.keep + 1) * (model + states) + model
-            text += f", {cfg.saving.keep + 1} checkpoints and the model take about {needed / GIB:.1f}"
+            count = cfg.saving.keep + cfg.saving.keep_best + 1
+            needed = count * (model + states) + model
+            text += f", {count} checkpoints and the model take about {needed / GIB:.1f}"
         if not os.access(nearest, os.W_OK):
             yield failed(check, f"{nearest} cannot be written", f"choose another {name}=…")
         elif needed > free:

@@ -123,7 +123,7 @@ def retriever(cfg: Config) -> Iterator[Finding]:
         meter = RetrievalMeter()
         with open_retriever(cfg, world, Console(enabled=False), runner, meter) as source:
             start = time.perf_counter()
-            found = runner.run(source.search("capital of Ghana", 3))
+            found = runner.run(source.retriever.search("capital of Ghana", 3))
             seconds = time.perf_counter() - start
     where = ", ".join(retrieval.urls) or f"{retrieval.index} index"
     yield ok(check, f"{where}: {len(found)} documents in {1000 * seconds:.0f} ms")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
-from searchrl.config import Config, DType, RewardKind, WatchConfig
+from searchrl.config import COMPARED_BY_CONTENT, Config, DType, RewardKind, WatchConfig, settings_to_keep
 from searchrl.model_shape import ModelShape, find_shape
 from searchrl.watch import rules
 
@@ -20,6 +21,7 @@ def general_problems(cfg: Config, world_size: int, local_world_size: int, traini
         yield from _groups(cfg, world_size)
     yield from _sizes(cfg)
     yield from _watch(cfg)
+    yield from _resuming(cfg)
 
 
 def _required(cfg: Config, training: bool) -> Iterator[str]:
@@ -209,3 +211,20 @@ def _watch(cfg: Config) -> Iterator[str]:
     for name in cfg.watch.ignore:
         if name not in known:
             yield f"watch.ignore={name} is no rule; choose among {', '.join(known)}"
+
+
+def _resuming(cfg: Config) -> Iterator[str]:
+    if cfg.resume not in (False, True, "auto"):
+        yield f"resume={cfg.resume} says nothing; choose false, true (there must be a checkpoint) or auto"
+    known = {*settings_to_keep(cfg), *COMPARED_BY_CONTENT}
+    for name in cfg.resume_changes:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "it may change anyway, or does not exist"
+            yield f"resume_changes={name} is nothing that a resumed run must keep; {hint}"
+    every, evaluated = cfg.saving.every, cfg.eval.every
+    if cfg.saving.keep_best and (every < 1 or evaluated < 1 or every % evaluated):
+        yield (
+            f"saving.keep_best needs an evaluation with every checkpoint, but saving.every={every} is no "
+            f"multiple of eval.every={evaluated}; set both, for example to 50 and 25"
+        )

@@ -18,17 +18,20 @@ from typing import Any
 import deepspeed
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from integration.scripts.common import probe_prompts, random_samples, write_results
+from integration.scripts.shard_checks import save_actor
 from searchrl.actor import Actor, init_communication
 from searchrl.batching import balance, count_loss_tokens, pack
 from searchrl.config import DType, EngineConfig, LoraConfig, ModelConfig, OptimizerConfig, SyncConfig
 from searchrl.distributed import World, barrier, gather_objects, init_world
 from searchrl.engine import Engine
 from searchrl.policy import TokenOutputs, adapter_parameters
+from searchrl.shards import ShardError
 from searchrl.trajectory import Sample
 from searchrl.weight_sync import SyncError, Weights, WeightSync
 
@@ -172,7 +175,7 @@ def check(bench: Bench, name: str, case: Case) -> tuple[dict[str, Any], Tensors]
     gradient = bench.step(actor, 1)
     trained = merged(base, adapters(actor))
     folder = bench.out / name
-    actor.save(folder, {"step": 2})
+    save_actor(actor, folder, bench.world)
     actor.export(folder / "model", AutoTokenizer.from_pretrained(bench.folders[case.model]))
     result = {
         "gradient": error(gradient, book_gradient(network, factors), relative=True),
@@ -185,7 +188,7 @@ def check(bench: Bench, name: str, case: Case) -> tuple[dict[str, Any], Tensors]
     }
     after = bench.step(actor, 2), weights_of(actor)
     resumed = bench.actor(case)
-    result["resumed state"] = resumed.load(folder)["step"]
+    resumed.load(folder)
     again = bench.step(resumed, 2), weights_of(resumed)
     result["resumed"] = max(error(again[i], after[i]) for i in range(2))
     result |= files(bench, folder, case)
@@ -216,23 +219,21 @@ def exported(bench: Bench, case: Case, folder: Path, trained: Tensors) -> list[f
 
 def files(bench: Bench, folder: Path, case: Case) -> dict[str, Any]:
     """What the checkpoint holds, and what loading says when it holds less."""
-    states = sorted((folder / "actor").glob("*model_states.pt"))
-    contents = [torch.load(path, weights_only=False) for path in states]
-    names = {name for content in contents for name in content["module"]}
-    fragments = [content.get("frozen_param_fragments") for content in contents]
+    stored = {path: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    names = {key.split(":", 2)[2] for tensors in stored.values() for key in tensors}
     barrier()
     if bench.world.is_main:
-        for path, content in zip(states, contents, strict=True):
-            del content["module"][min(names)]
-            torch.save(content, path)
+        for path, tensors in stored.items():
+            kept = {key: tensor for key, tensor in tensors.items() if not key.endswith(min(names))}
+            save_file(kept, path, metadata={"optimizer_steps": "2"})
     barrier()
     try:
         bench.actor(case).load(folder)
         refusal = ""
-    except RuntimeError as failure:
+    except ShardError as failure:
         refusal = str(failure)
     return {
-        "saved": [len(names), all(".lora_" in name for name in names), any(fragments)],
+        "saved": [len(names), all(".lora_" in name for name in names)],
         "refusal": [refusal, min(names)],
     }
 

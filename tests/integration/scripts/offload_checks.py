@@ -87,7 +87,7 @@ def check_offload(model: Path, stage: int, dtype: DType, world: World) -> dict[s
     for needs_states in (
         lambda: moved.update(1),
         moved.actor.first_moments,
-        lambda: moved.actor.save(model, {}),
+        lambda: moved.actor.save(model),
     ):
         try:
             needs_states()

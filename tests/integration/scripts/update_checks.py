@@ -1,17 +1,20 @@
-"""Gradients, golden numbers, offloading, scarce memory: ``update_checks OUT TIED UNTIED``."""
+"""Gradients, golden numbers, offloading, scarce memory, checkpoints: ``update_checks OUT TIED UNTIED FIRST``.
+
+``FIRST`` is the folder of the run on one rank, whose checkpoints two ranks read.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from integration.scripts import golden_checks, gradient_checks, offload_checks, oom_checks
+from integration.scripts import golden_checks, gradient_checks, offload_checks, oom_checks, shard_checks
 from integration.scripts.common import write_results
 from searchrl.actor import init_communication
 from searchrl.distributed import init_world
 
 
-def main(out: Path, tied: Path, untied: Path) -> None:
+def main(out: Path, tied: Path, untied: Path, first: Path) -> None:
     """Run all on all ranks."""
     world = init_world("cpu")
     init_communication(world)
@@ -20,10 +23,11 @@ def main(out: Path, tied: Path, untied: Path) -> None:
         "golden": golden_checks.check(tied, world),
         "offload": offload_checks.check(tied, world),
         "oom": oom_checks.check(tied, world),
+        "shards": shard_checks.check(out, first, tied, world),
     }
     if world.is_main:
         write_results(out, results)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+    main(*map(Path, sys.argv[1:5]))
