@@ -120,7 +120,7 @@ def _load_or_scan(path: Path) -> tuple[npt.NDArray[np.uint64], _Stamp]:
             offsets = np.load(offsets_path, mmap_mode="r")
             if offsets.shape == (stamp.rows + 1,) and int(offsets[-1]) == stamp.size:
                 return offsets, stamp
-    except (OSError, EOFError, ValueError, TypeError):
+    except (OSError, EOFError, ValueError, TypeError, RecursionError):
         pass  # missing, torn or written by another version: the scan below replaces them
     offsets, digest = _scan(path)
     stamp = _Stamp(size=status.st_size, mtime_ns=status.st_mtime_ns, rows=len(offsets) - 1, sha256=digest)
