@@ -4,8 +4,8 @@
     python benchmarks/faults/fuzzing.py --only outputs --tokenizers package:smollm2-135m FOLDER=151936
 
 Outputs go through each tokenizer in equal shares; ``FOLDER=SIZE`` says how many rows the model's head has,
-where that is more than the tokenizer knows. Every case is drawn from a seed of its own, ``SEED/NUMBER``: a case
-that fails is named by it and ends the command. The data readers get ``--rows`` inputs each.
+where that is more than the tokenizer knows. Every case is drawn from a seed of its own, ``SEED/NUMBER``: a
+case that fails is named by it and ends the command. The data readers get ``--rows`` inputs each.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tests"))
-
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 from example import touch_shipped_files
 from fuzz import configs, outputs, rows
 from searchrl.environment import prepare_environment
 from searchrl.models import resolve_model
 from searchrl.protocol import load_tokenizer
 
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
 TINY, SMOLLM2 = "random:tiny", "package:smollm2-135m"
 
 
@@ -64,7 +63,7 @@ def fuzz_outputs(tokenizers: list[str], number: int, seed: str) -> dict[str, Cou
     with asyncio.Runner() as runner:
         for name in tokenizers:
             source, _, size = name.partition("=")
-            tokenizer = load_tokenizer(resolve_model(source, ROOT / "assets"))
+            tokenizer = load_tokenizer(resolve_model(source, ASSETS))
             vocabulary = outputs.Vocabulary(tokenizer, size=int(size) if size else None)
 
             def check(random: Random, vocabulary: outputs.Vocabulary = vocabulary) -> Counter[str]:
@@ -98,7 +97,8 @@ def fuzz_rows(number: int, seed: str) -> dict[str, Counter[str]]:
         for name, one in rows.CHECKS.items():
 
             def check(random: Random, one: Callable[[Random, Path], str] = one) -> Counter[str]:
-                return Counter([one(random, folder), "inputs"])
+                outcome = one(random, folder)
+                return Counter({outcome: 1, "inputs": outcome != "unwritable"})
 
             found[name] = campaign(name, check, seed=seed, until="inputs", number=number)
     return found
