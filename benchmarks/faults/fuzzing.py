@@ -25,6 +25,8 @@ from pathlib import Path
 from random import Random
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
+from transformers import PreTrainedTokenizerFast
+
 from example import touch_shipped_files
 from fuzz import configs, outputs, rows
 from searchrl.environment import prepare_environment
@@ -64,6 +66,7 @@ def fuzz_outputs(tokenizers: list[str], number: int, seed: str) -> dict[str, Cou
         for name in tokenizers:
             source, _, size = name.partition("=")
             tokenizer = load_tokenizer(resolve_model(source, ASSETS))
+            assert isinstance(tokenizer, PreTrainedTokenizerFast)
             vocabulary = outputs.Vocabulary(tokenizer, size=int(size) if size else None)
 
             def check(random: Random, vocabulary: outputs.Vocabulary = vocabulary) -> Counter[str]:

@@ -4,10 +4,10 @@
     python benchmarks/faults/soak.py --out SCRATCH --steps 12 engine.max_num_seqs=8     # further overrides
 
 The run is the smoke experiment with its real parts, a search server among them, and a small step: one
-question, two short episodes, an update, a sync with its probe. After every step what the kernel counts for the
-trainer and for its children is written down. The first tenth of the steps is warm-up (caches fill, the
-allocator finds its size); after it no quantity may grow: a line through its values may rise by no more than its
-tolerance, which is printed beside it, from the first to the last step. Ends with code 1 if one does.
+question, two short episodes, an update, a sync with its probe. After every step what the kernel counts for
+the trainer and for its children is written down. The first tenth of the steps is warm-up (caches fill, the
+allocator finds its size); after it no quantity may grow: a line through its values may rise by no more than
+its tolerance, which is printed beside it, from the first to the last step. Ends with code 1 if one does.
 """
 
 from __future__ import annotations

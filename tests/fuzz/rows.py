@@ -162,7 +162,7 @@ def check_jsonl(random: Random, folder: Path) -> str:
 def check_parquet(random: Random, folder: Path) -> str:
     """Question files in Parquet, ours and Search-R1's, with columns of other types, and damaged ones."""
     row = random.choice((ROW, SEARCH_R1))
-    rows = [row | ({"id": f"q{n}"} if row is ROW else {}) for n in range(3)]
+    rows: list[Any] = [row | ({"id": f"q{n}"} if row is ROW else {}) for n in range(3)]
     if random.random() < 0.8:
         rows[random.randrange(3)] = mutate(random, rows[0])
     try:
