@@ -336,6 +336,8 @@ RENORMALISE = "truncates the distribution that rollouts sample from, but the los
         (["optimizer.lr=nan"], "optimizer.lr=nan must be a finite number"),
         (["importance.rejection.lo=-inf"], "importance.rejection.lo=-inf must be a finite number"),
         (["optimizer.betas=[0.9,inf]"], "optimizer.betas=inf must be a finite number"),
+        (["data.train_hops=[1,[2]]"], "data.train_hops holds [2]; write a list of plain values"),
+        (["watch.ignore=[{a: 1}]"], "watch.ignore holds {'a': 1}; write a list of plain values"),
         (["reward.judge.timeout_s=inf"], "reward.judge.timeout_s=inf must be a finite number"),
         (["seed=4294967296"], "seed=4294967296 must be below 2^32"),
         (["data.train_hops=[-5000000000]"], "data.train_hops=-5000000000 must be below 2^32"),

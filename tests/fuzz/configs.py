@@ -25,14 +25,14 @@ BASE = ("+experiment=smoke",)
 NEVER: dict[str, tuple[str, ...]] = {
     "int": ("many", "[1]", "{a: 1}", "null", "true", "1.5", "nan", "inf", "''", "1_", "0x10", "--1", "1e3"),
     "float": ("high", "[1.0]", "{a: 1}", "null", "true", "nan", "''", "1.0.0", "0x1p3", "1;2"),
-    "bool": ("maybe", "2", "[true]", "{a: 1}", "null", "1.5", "''", "truth"),
+    "bool": ("maybe", "[true]", "{a: 1}", "null", "1.5", "''", "truth"),
     "str": ("[a]", "{a: b}", "null"),
     "enum": ("nonsense", "''", "null", "[x]", "{a: 1}", "true", "-1", "1.5"),
     "tuple": ("x", "5", "{a: 1}", "null", "true", "[[1]]", "[null]", "[{a: 1}]"),
     "number | None": ("high", "[1]", "{a: 1}", "nan", "''", "true"),
     "dict": ("x", "5", "[1]", "true", "1.5"),
 }
-"""Values that a field of a kind can never take."""
+"""Values that a field of a kind can never take. (OmegaConf takes any integer for a truth value.)"""
 NUMBERS = (
     *("-1", "-0.5", "-1e-300", "-2147483649", "-9223372036854775809", "-inf", "inf", "1e309", "-1e309"),
     *("0", "1", "2147483648", "18446744073709551616", "1" + "0" * 40, "0.0000001", "1.0", "1e308", "0.99"),
@@ -133,7 +133,8 @@ def make_malformed(random: Random) -> Malformed:
 
 
 def _override(key: str, value: str, **more: Any) -> Malformed:
-    return Malformed((f"{key}={value}",), names=(key, value.strip("'\"") or key), **more)
+    section = key.rpartition(".")[0] or key  # what is wrong may be that the section is not used
+    return Malformed((f"{key}={value}",), names=(key, section, value.strip("'\"") or key), **more)
 
 
 def _wrong_type(random: Random) -> Malformed:
@@ -245,5 +246,6 @@ def check_value(key: str, value: object) -> None:
             assert math.isfinite(number) or key in MAY_BE_INFINITE, f"{key}={number}"
             assert number >= 0 or key.startswith(UNUSED), f"{key}={number}"
             assert abs(number) < 2**32 or isinstance(number, float), f"{key}={number}"
+        assert number is value or isinstance(number, str | int | float), f"{key} holds {number!r}"
     if key in ("name", "run_dir"):
         assert str(value).strip(), key
