@@ -254,6 +254,20 @@ RENORMALISE = "truncates the distribution that rollouts sample from, but the los
             ["retrieval.kind=http", "retrieval.urls=['127.0.0.1:8000']"],
             "retrieval.urls holds '127.0.0.1:8000', which is no http:// or https:// address",
         ),
+        *(
+            (
+                ["retrieval.kind=http", f"retrieval.urls=['{url}']"],
+                f"retrieval.urls holds '{url}', which is no http:// or https:// address",
+            )
+            for url in (
+                "http://",
+                "http:///p",
+                "http://[",
+                "http://h:99999",
+                "http://h:x",
+                "http://a b",
+            )
+        ),
         (
             ["retrieval.index=hybrid", "retrieval.dense_index=sq88"],
             "retrieval.dense_index=sq88: there is no dense index called 'sq88'; did you mean 'sq8'? "
@@ -351,7 +365,23 @@ RENORMALISE = "truncates the distribution that rollouts sample from, but the los
         ),
         (["optimizer.lr=0"], "optimizer.lr=0 must be above 0"),
         (["optimizer.lr=-1e-6"], "optimizer.lr=-1e-06 must be above 0"),
-        (["optimizer.lr=nan"], "optimizer.lr=nan must be above 0"),
+        (["optimizer.lr=nan"], "optimizer.lr=nan must be a finite number"),
+        (["importance.rejection.lo=-inf"], "importance.rejection.lo=-inf must be a finite number"),
+        (["optimizer.betas=[0.9,inf]"], "optimizer.betas=inf must be a finite number"),
+        (["data.train_hops=[1,[2]]"], "data.train_hops holds [2]; write a list of plain values"),
+        (["watch.ignore=[{a: 1}]"], "watch.ignore holds {'a': 1}; write a list of plain values"),
+        (["reward.judge.timeout_s=inf"], "reward.judge.timeout_s=inf must be a finite number"),
+        (["seed=4294967296"], "seed=4294967296 must be below 2^32"),
+        (["data.train_hops=[-5000000000]"], "data.train_hops=-5000000000 must be below 2^32"),
+        (["seed=-1", "watch.likelihood_fall=nan"], "watch.likelihood_fall=nan must be a finite number"),
+        (
+            ["name=' '"],
+            "name is not set; give it, or start from an experiment, for example +experiment=quickstart",
+        ),
+        (
+            ["run_dir=''"],
+            "run_dir is not set; give it, or start from an experiment, for example +experiment=quickstart",
+        ),
         (
             ["optimizer.betas=[0.9]"],
             "optimizer.betas=[0.9] must be two numbers, each at least 0 and below 1",

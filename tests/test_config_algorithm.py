@@ -147,7 +147,7 @@ REFUSED = [
         "reward.search_cost=-0.1 is subtracted; it must be finite and not negative",
     ),
     (["reward.invalid_penalty=-1"], "reward.invalid_penalty=-1 is subtracted; it must be finite and not"),
-    (["reward.invalid_penalty=inf"], "reward.invalid_penalty=inf is subtracted; it must be finite"),
+    (["reward.invalid_penalty=inf"], "reward.invalid_penalty=inf must be a finite number"),
     (
         ["reward.retrieval_bonus=0.1"],
         "reward.retrieval_bonus=0.1 is only used with reward.kind=search_r1, not em_plus_format; set that",

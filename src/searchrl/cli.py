@@ -112,7 +112,7 @@ def _explain(error: Exception, overrides: Sequence[str], schema: type) -> str:
     lines = [str(error).strip()]
     cause = error.__cause__
     while cause is not None:
-        text = str(cause).strip().splitlines()[0]
+        text = str(cause).strip().partition("\n")[0]
         if text not in lines[0]:
             lines.append(text)
         cause = cause.__cause__

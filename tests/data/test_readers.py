@@ -73,6 +73,7 @@ def test_a_missing_field_is_named(tmp_path: Path, field: str) -> None:
         (b"", "holds no rows"),
         (b"\n\n", "holds no rows"),
         (b"{", "line 1: not valid JSON"),
+        (b"[" * 100_000, "line 1: not valid JSON"),
         (b"[1]", "line 1: a list, not an object"),
         (b"\xff\xfe", "not UTF-8"),
     ],
@@ -172,7 +173,7 @@ def test_a_bad_parquet_value_names_row_and_field(
     assert f"{path}, {message}" in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]"])
+@pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000])
 def test_metadata_as_text_must_be_an_object(tmp_path: Path, text: str) -> None:
     path = parquet(tmp_path / "x.parquet", ROW | {"metadata": text})
     with pytest.raises(DataError, match=r"row 0, field 'metadata': (not valid JSON|expected an object)"):

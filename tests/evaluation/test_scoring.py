@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -325,6 +325,18 @@ def test_too_many_failed_searches_stop_an_evaluation(tokenizer: PreTrainedTokeni
             keep=lambda group, _: kept.append(group.example.id),
         )
     assert sorted(kept) == ["Which capital?", "Which sea?"]  # its chunk is kept, the next is not begun
+
+
+def test_an_id_may_hold_what_others_take_for_the_end_of_a_line(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with AnswerLog(tmp_path / "t.jsonl", tmp_path / "results.rank0.jsonl") as log:
+
+        def keep(group: Group, results: Sequence[Result]) -> None:
+            log.write(replace(group, example=replace(group.example, id="a\u2028b\x85c")), results)
+
+        played(tokenizer, samples=1, cases=CASES[:1], keep=keep)
+    assert list(finished_questions(tmp_path)) == ["a\u2028b\x85c"]
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

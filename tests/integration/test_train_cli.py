@@ -283,6 +283,11 @@ def streams(record: dict[str, Any]) -> list[tuple[list[int], str]]:
     return [(turn["token_ids"], turn["appended"]) for turn in record["turns"]]
 
 
+def without_times(record: dict[str, Any]) -> dict[str, Any]:
+    """A recorded trajectory but for how long its searches took."""
+    return {**record, "turns": [{**turn, "search_seconds": None} for turn in record["turns"]]}
+
+
 def test_a_run_prints_its_steps_and_its_comparison_and_no_warning(finished: Ended) -> None:
     for step in (1, 2, 3, 4):
         assert f"step {step}/4  reward" in finished.printed
@@ -484,6 +489,21 @@ def test_a_killed_search_server_comes_back_and_costs_nothing_but_time(
     log = (bench.at("survived") / "retriever.log").read_text(encoding="utf-8")
     assert log.count("serving on port") == 2
     same(bench.steps("survived"), bench.steps("finished"), tolerance=0.0)
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit(
+    bench: Bench, finished: Ended, later: dict[str, Future[Ended]]
+) -> None:
+    """On one CPU rank, in two processes, of which one even has to wait for its search server."""
+    assert finished.code == later["survived"].result().code == 0
+    for step in (1, 2, 3, 4):
+        ours, theirs = (
+            bench.trajectories(name, f"step-{step:06d}.rank0.jsonl") for name in ("finished", "survived")
+        )
+        assert len(ours) == 4 * 4
+        assert list(map(without_times, ours)) == list(map(without_times, theirs))
+    weights = [bench.at(name) / "model" / "model.safetensors" for name in ("finished", "survived")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_what_a_hung_search_server_interrupts_is_void_and_never_scored(

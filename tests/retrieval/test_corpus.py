@@ -51,7 +51,13 @@ def test_the_offsets_are_kept_and_remade_when_the_corpus_changes(tmp_path: Path)
     assert second.sha256 != first.sha256
 
 
-@pytest.mark.parametrize("damage", [b"", b"garbage"])
+def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"id": "\\udc00", "contents": "a\\ud800b"}\n')
+    assert Corpus(path)[0] == ("\ufffd", "a\ufffdb")
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", b"[" * 100_000])
 def test_a_torn_side_file_is_remade(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text('{"id": "a", "contents": "one"}\n{"id": "b", "contents": "two"}\n')
@@ -66,6 +72,7 @@ def test_a_torn_side_file_is_remade(tmp_path: Path, damage: bytes) -> None:
     [
         (b'{"id": "1"', "line 2: not a JSON object in UTF-8"),
         (b'{"id": "1", "contents": "\xff"}', "line 2: not a JSON object in UTF-8"),
+        (b"[" * 100_000, "line 2: not a JSON object in UTF-8"),
         (b"[1]", "line 2: expected a JSON object, found list"),
         (b'{"id": "1", "text": "x"}', r"line 2: needs the strings .* has the keys \['id', 'text'\]"),
         (b'{"id": true, "contents": "x"}', "line 2: needs the strings"),

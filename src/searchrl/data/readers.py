@@ -114,7 +114,7 @@ def _from_parquet(row: Row, place: str, where: str) -> Row:
     if isinstance(metadata, str):
         try:
             metadata = json.loads(metadata)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{where}, field 'metadata': not valid JSON ({error}); write an object or a struct"
             ) from error

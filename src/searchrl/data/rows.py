@@ -52,7 +52,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
     try:
         return pq.ParquetFile(path)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path} is no intact Parquet file ({error}); download or write it again") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); correct the path or its rights") from error
@@ -155,7 +155,7 @@ def _json_object(line: bytes, where: str) -> Row:
         raise DataError(
             f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); convert it"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # malformed, or nested without end
         raise DataError(f"{where}: not valid JSON ({error}); every line must be one JSON object") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: a {type(row).__name__}, not an object; every line must be one JSON object")

@@ -121,11 +121,12 @@ def finished_questions(folder: Path) -> dict[str, list[Result]]:
     finished: dict[str, list[Result]] = {}
     for path in sorted(folder.glob("results.rank*.jsonl")):
         drop_partial_line(path)
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            results = [_result(fields) for fields in row["results"]]
-            if not any(result.outcome.is_void for result in results):
-                finished[row["id"]] = results
+        with path.open(encoding="utf-8") as file:
+            for line in file:  # not splitlines(), which also breaks at U+2028 inside an id
+                row = json.loads(line)
+                results = [_result(fields) for fields in row["results"]]
+                if not any(result.outcome.is_void for result in results):
+                    finished[row["id"]] = results
     return finished
 
 

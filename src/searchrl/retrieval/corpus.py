@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from searchrl.errors import SearchrlError
+from searchrl.retrieval.wire import encodable
 
 _CHUNK = 1 << 22
 GZIP_MAGIC = b"\x1f\x8b"
@@ -73,11 +74,14 @@ class Corpus:
         return self._stamp.rows
 
     def __getitem__(self, row: int) -> Passage:
-        """Return passage ``row`` (0-based); raise `CorpusError` naming the line if it is malformed."""
+        """Return passage ``row`` (0-based); raise `CorpusError` naming the line if it is malformed.
+
+        A lone surrogate, a flaw of one passage among millions, becomes U+FFFD, as for who asks over HTTP.
+        """
         where = f"{self.path}, line {row + 1}"
         try:
             record = json.loads(self.raw(row).decode("utf-8"))
-        except ValueError as error:  # malformed JSON and malformed UTF-8 alike
+        except (ValueError, RecursionError) as error:  # malformed JSON or UTF-8, nested without end
             raise CorpusError(f"{where}: not a JSON object in UTF-8: {error}") from error
         if not isinstance(record, dict):
             raise CorpusError(f"{where}: expected a JSON object, found {type(record).__name__}")
@@ -88,7 +92,7 @@ class Corpus:
             raise CorpusError(
                 f'{where}: needs the strings "id" and "contents", has the keys {sorted(record)}'
             )
-        return Passage(id_, contents)
+        return Passage(encodable(id_), encodable(contents))
 
     def raw(self, row: int) -> bytes:
         """Return line ``row`` as it stands in the file, without its newline: already a JSON object."""
@@ -116,7 +120,7 @@ def _load_or_scan(path: Path) -> tuple[npt.NDArray[np.uint64], _Stamp]:
             offsets = np.load(offsets_path, mmap_mode="r")
             if offsets.shape == (stamp.rows + 1,) and int(offsets[-1]) == stamp.size:
                 return offsets, stamp
-    except (OSError, EOFError, ValueError, TypeError):
+    except (OSError, EOFError, ValueError, TypeError, RecursionError):
         pass  # missing, torn or written by another version: the scan below replaces them
     offsets, digest = _scan(path)
     stamp = _Stamp(size=status.st_size, mtime_ns=status.st_mtime_ns, rows=len(offsets) - 1, sha256=digest)

@@ -105,12 +105,13 @@ def sample_queries(corpus: Corpus, number: int) -> list[str]:
 def read_queries(path: Path) -> list[str]:
     """The ``question`` of each line of a JSONL file; raises `BuildError` naming a line that has none."""
     queries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            question = json.loads(line)["question"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BuildError(f'{path}, line {number}: needs a JSON object with a "question"') from error
-        queries.append(str(question))
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                question = json.loads(line)["question"]
+            except (ValueError, RecursionError, KeyError, TypeError) as error:
+                raise BuildError(f'{path}, line {number}: needs a JSON object with a "question"') from error
+            queries.append(str(question))
     if not queries:
         raise BuildError(f"{path} has no questions")
     return queries

@@ -185,10 +185,11 @@ def _document(item: object) -> Document:
         raise _bad(f"a score is {type(score).__name__}, not a number")
     if not -_LARGEST <= score <= _LARGEST:  # false for NaN; an int may be too large for a float
         raise _bad("a score is not a finite number")
-    return Document(id=_encodable(id_), contents=_encodable(contents), score=float(score))
+    return Document(id=encodable(id_), contents=encodable(contents), score=float(score))
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
+    """The text with every lone surrogate, which no tokenizer takes, as U+FFFD."""
     if text.isascii():
         return text
     try:

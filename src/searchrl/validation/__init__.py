@@ -7,6 +7,7 @@ from searchrl.validation.algorithm import algorithm_problems
 from searchrl.validation.general import general_problems
 from searchrl.validation.retrieval import retrieval_problems
 from searchrl.validation.reward import reward_problems
+from searchrl.validation.values import value_problems
 
 
 def validate(
@@ -14,13 +15,15 @@ def validate(
 ) -> None:
     """Raise ``ConfigError`` listing every problem, each with the value and the remedy.
 
+    Values that can mean nothing are reported alone: what else they break is of no interest.
+
     Args:
         cfg: converted by ``OmegaConf.to_object``.
         world_size: ranks of the run.
         local_world_size: ranks of this node; None: all.
         training: False for an evaluation, which needs no training questions and may ask an oracle.
     """
-    problems = [
+    problems = [*value_problems(cfg)] or [
         *general_problems(cfg, world_size, local_world_size or world_size, training),
         *algorithm_problems(cfg),
         *reward_problems(cfg),

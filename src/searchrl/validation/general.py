@@ -26,12 +26,13 @@ def general_problems(cfg: Config, world_size: int, local_world_size: int, traini
 
 def _required(cfg: Config, training: bool) -> Iterator[str]:
     given = {"model.path": cfg.model.path, "data.train": cfg.data.train, "data.eval": cfg.data.eval}
+    given |= {"name": cfg.name, "run_dir": cfg.run_dir}
     if not training and cfg.checkpoint:
         del given["model.path"]
     if not training and not cfg.warm_starts:
         del given["data.train"]
     for name, value in given.items():
-        if not value:
+        if not value.strip():
             yield (
                 f"{name} is not set; give it, or start from an experiment, for example +experiment=quickstart"
             )

@@ -10,6 +10,7 @@ from searchrl.config import IndexKind, RetrievalConfig, RetrievalKind
 from searchrl.retrieval.devices import DeviceError, gpu_numbers
 from searchrl.retrieval.kinds import dense_index_problem
 from searchrl.retrieval.wire import TOKEN_VARIABLE, is_token
+from searchrl.validation.addresses import is_http_address
 
 
 def retrieval_problems(retrieval: RetrievalConfig, training: bool) -> Iterator[str]:
@@ -36,7 +37,7 @@ def retrieval_problems(retrieval: RetrievalConfig, training: bool) -> Iterator[s
             if not retrieval.urls:
                 yield "retrieval.urls is empty; name at least one server, for example [http://127.0.0.1:8000]"
             for url in retrieval.urls:
-                if not url.startswith(("http://", "https://")):
+                if not is_http_address(url):
                     yield f"retrieval.urls holds {url!r}, which is no http:// or https:// address"
             token = os.environ.get(TOKEN_VARIABLE)
             if token and not is_token(token):
@@ -96,7 +97,7 @@ def _web(retrieval: RetrievalConfig) -> Iterator[str]:
     if key is not None and not os.environ.get(key):
         yield f"retrieval.kind={retrieval.kind} needs a key in the environment variable {key}"
     url = retrieval.web.url
-    if key is None and not url.startswith(("http://", "https://")):
+    if key is None and not is_http_address(url):
         example = "http://127.0.0.1:8080" + ("/mcp" if retrieval.kind is RetrievalKind.mcp else "")
         yield (
             f"retrieval.web.url={url!r} is no http:// or https:// address, which retrieval.kind="
@@ -104,7 +105,7 @@ def _web(retrieval: RetrievalConfig) -> Iterator[str]:
         )
     if not retrieval.web.requests_per_second > 0:
         yield f"retrieval.web.requests_per_second={retrieval.web.requests_per_second:g} must be above 0"
-    if retrieval.web.proxy and not retrieval.web.proxy.startswith(("http://", "https://")):
+    if retrieval.web.proxy and not is_http_address(retrieval.web.proxy):
         yield f"retrieval.web.proxy={retrieval.web.proxy!r} is no http:// or https:// address"
     if retrieval.kind is RetrievalKind.mcp and not retrieval.web.tool:
         yield "retrieval.web.tool is not set; name the search tool of the MCP server"

@@ -11,6 +11,7 @@ from searchrl.config import AnswerScore, Config, ConfigError, JudgeConfig, Rewar
 from searchrl.judge import KEY_VARIABLE
 from searchrl.retrieval.web_engine import secret
 from searchrl.rewards import FORMAT_CREDIT
+from searchrl.validation.addresses import is_http_address
 
 _RIGHT_BUT_INVALID = 1.0 - FORMAT_CREDIT
 _MAX_CONCURRENCY = 100
@@ -79,16 +80,14 @@ def _judge(judge: JudgeConfig) -> Iterator[str]:
 
 
 def _url(url: str) -> Iterator[str]:
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL:
-        parsed = httpx.URL()
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+    if not is_http_address(url):
         yield (
             f"reward.judge.url={url!r} is no http:// or https:// address, which reward.answer_score=judge "
             "needs; for example http://127.0.0.1:8001/v1"
         )
-    elif parsed.userinfo or parsed.query or parsed.fragment:
+        return
+    parsed = httpx.URL(url)
+    if parsed.userinfo or parsed.query or parsed.fragment:
         # The value is not shown: it may hold a key.
         yield (
             "reward.judge.url must be an address without a user, a query or a fragment; a key goes into the "
