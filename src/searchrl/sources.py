@@ -19,6 +19,7 @@ from searchrl.retrieval.client import HttpRetriever
 from searchrl.retrieval.embedded import EmbeddedServer
 from searchrl.retrieval.meter import MeteredRetriever, RetrievalMeter
 from searchrl.retrieval.none import NoRetriever
+from searchrl.retrieval.outage import PatientRetriever
 from searchrl.retrieval.types import RetrievalError, Retriever
 from searchrl.retrieval.wire import TOKEN_VARIABLE
 
@@ -48,7 +49,10 @@ def open_retriever(
             cached = CachedRetriever(source, cache, meter)
             stack.callback(lambda: runner.run(cached.aclose()))
             retriever = cached
-        yield MeteredRetriever(retriever, meter)
+        patient = PatientRetriever(
+            retriever, patience_s=cfg.retrieval.patience_s, meter=meter, say=console.say
+        )
+        yield MeteredRetriever(patient, meter)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ def general_problems(cfg: Config, world_size: int, local_world_size: int, traini
         yield from _groups(cfg, world_size)
     yield from _sizes(cfg)
     yield from _watch(cfg)
+    yield from _stall(cfg)
 
 
 def _required(cfg: Config, training: bool) -> Iterator[str]:
@@ -94,6 +95,7 @@ def _positive(cfg: Config) -> Iterator[str]:
         "eval.questions": cfg.eval.questions,
         "eval.interim_questions": cfg.eval.interim_questions,
         "saving.every": cfg.saving.every,
+        "retrieval.patience_s": cfg.retrieval.patience_s,
         "warmstart.demonstrations": cfg.warmstart.demonstrations,
     }
     for name, number in at_least_zero.items():
@@ -209,3 +211,15 @@ def _watch(cfg: Config) -> Iterator[str]:
     for name in cfg.watch.ignore:
         if name not in known:
             yield f"watch.ignore={name} is no rule; choose among {', '.join(known)}"
+
+
+def _stall(cfg: Config) -> Iterator[str]:
+    retrieval, episode = cfg.retrieval, cfg.episode
+    silent = episode.deadline_s + retrieval.patience_s + retrieval.deadline_s
+    if not cfg.stall_timeout_s > silent:
+        yield (
+            f"stall_timeout_s={cfg.stall_timeout_s:g} would take a rollout for hanging that only waits: "
+            f"it may be silent for episode.deadline_s={episode.deadline_s:g} + retrieval.patience_s="
+            f"{retrieval.patience_s:g} + retrieval.deadline_s={retrieval.deadline_s:g}; raise it above "
+            f"{silent:g}, or lower these"
+        )
