@@ -104,6 +104,57 @@ def test_whatever_ends_the_launcher_ends_its_ranks(sent: signal.Signals) -> None
     assert process.returncode == (-sent if sent is signal.SIGKILL else 128 + sent)
 
 
+SAVES = """
+import signal
+asked = []
+for sent in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(sent, lambda number, _: asked.append(number))
+print(f"rank {rank} is ready", flush=True)
+while not asked:
+    time.sleep(0.01)
+time.sleep(0.1 + rank)
+print(f"rank {rank} has saved", flush=True)
+tell_launcher(f"stopped by {asked[0]}", 75)
+sys.exit(75)
+"""
+
+
+def ready(process: subprocess.Popen[str]) -> dict[int, int]:
+    ranks = pids(process)
+    assert process.stdout is not None
+    assert {process.stdout.readline() for _ in range(2)} == {f"rank {rank} is ready\n" for rank in (0, 1)}
+    return ranks
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_ranks_have_time_to_save_and_the_last_word(sent: signal.Signals) -> None:
+    with launched(SAVES) as process:
+        ranks = ready(process)
+        process.send_signal(sent)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)  # again, as clusters do: changes nothing
+        rest, _ = process.communicate(timeout=120)
+        assert all(gone(pid, 1) for pid in ranks.values())
+    assert process.returncode == 75
+    *saved, last = rest.splitlines()
+    assert sorted(saved) == ["rank 0 has saved", "rank 1 has saved"]
+    assert last == f"stopped by {int(sent)}"
+
+
+@pytest.mark.integration
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    with launched(SAVES.replace("0.1 + rank", "600")) as process:
+        ranks = ready(process)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=20)
+        assert all(gone(pid, 10) for pid in ranks.values())
+    assert (process.returncode, rest) == (130, "")
+
+
 @pytest.mark.parametrize(
     ("installed", "listed", "count"),
     [

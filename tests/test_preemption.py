@@ -1,0 +1,116 @@
+"""Requests to stop: which signals make one, what it costs, and what is saved before."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from integration.launch import environment
+from searchrl.config import ConfigError
+from searchrl.errors import CleanStop, SearchrlError
+from searchrl.failures import TooManyFailures
+from searchrl.preemption import Preempted, Saver, StopRequest
+from searchrl.watch import CollapseError
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("x"), 2),
+        (TooManyFailures("x"), 1),
+        (CollapseError("x"), 1),
+        (Preempted(signal.SIGTERM), 75),
+        (Preempted(signal.SIGUSR1), 75),
+        (Preempted(signal.SIGINT), 130),
+    ],
+)
+def test_exit_codes(error: SearchrlError, code: int) -> None:
+    assert error.exit_code == code
+    assert isinstance(error, CleanStop) == (code != 2)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_is_noticed_while_somebody_listens(
+    sent: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    stop = StopRequest()
+    try:
+        with stop:
+            assert stop.gather("value") == ["value"]
+            os.kill(os.getpid(), sent)
+            os.kill(os.getpid(), signal.SIGUSR1)  # again: changes nothing
+            assert stop.asked is sent
+            with pytest.raises(Preempted, match=f"stopped by {sent.name}; resume=true continues"):
+                stop.gather("value")
+        os.kill(os.getpid(), signal.SIGTERM)  # at the end of the run, too
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    assert capfd.readouterr().err == f"searchrl: {sent.name}: stopping; Ctrl-C leaves at once\n"
+
+
+def test_without_a_request_signals_do_again_what_they_did() -> None:
+    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    with StopRequest():
+        pass
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+
+
+def test_the_second_ctrl_c_leaves_at_once() -> None:
+    body = """
+import os, signal, time
+from searchrl.preemption import StopRequest
+with StopRequest():
+    os.kill(os.getpid(), signal.SIGINT)
+    print("goes on", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", body],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        # A shell that starts this in the background lets Ctrl-C be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert (ended.returncode, ended.stdout) == (-signal.SIGINT, "goes on\n")
+
+
+@pytest.mark.parametrize(
+    ("newest", "saves", "stops_after", "saved"),
+    [
+        (0, [], 0, []),  # nothing is learnt yet
+        (0, [], 3, [3]),
+        (0, [3], 3, [3]),  # it was due, and is not done again
+        (0, [3], 4, [3, 4]),
+        (5, [], 5, []),  # resumed, and stopped before the next step
+        (5, [], 6, [6]),
+    ],
+)
+def test_a_stop_is_preceded_by_a_checkpoint(
+    newest: int, saves: list[int], stops_after: int, saved: list[int]
+) -> None:
+    done: list[int] = []
+    said: list[str] = []
+    save = Saver(done.append, newest=newest, say=said.append)
+    for step in saves:
+        save(step)
+    with save.before_stop(stops_after):
+        pass
+    assert (done, said) == (saves, [])
+    with pytest.raises(TooManyFailures), save.before_stop(stops_after):
+        raise TooManyFailures("x")
+    assert done == saved
+    assert said == [f"{stops_after} steps are saved; resume=true continues after them"]
+    with pytest.raises(ValueError, match="a fault"), save.before_stop(99):
+        raise ValueError("a fault")
+    assert done == saved
