@@ -109,23 +109,21 @@ def start(body: str, out: Path, *, ranks: int, timeout_s: float) -> subprocess.P
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_hanging_rank_is_named_and_all_are_ended(tmp_path: Path, ranks: int) -> None:
+def test_a_hanging_rank_is_named_and_all_are_ended(tmp_path: Path) -> None:
     begin = time.monotonic()
-    printed, _ = start(HANGS, tmp_path, ranks=ranks, timeout_s=2.0).communicate(timeout=120)
+    printed, _ = start(HANGS, tmp_path, ranks=2, timeout_s=2.0).communicate(timeout=120)
     assert time.monotonic() - begin < 60
     lines = printed.splitlines()
     assert (
         lines[0] == "searchrl: no rank has given a sign of life for stall_timeout_s=2 s; what each did last:"
     )
-    assert re.fullmatch(rf"  rank {ranks - 1}: rollout, step 3, for [2-9] s", lines[ranks])
-    if ranks == 2:
-        assert re.fullmatch(r"  rank 0: update, step 3, for [2-9] s", lines[1])
-        assert lines[3] == "the others wait for rank 1"
-    assert lines[-1] == f"where the threads of each stand: {tmp_path}/stalled.rank*.txt"
-    stacks = (tmp_path / f"stalled.rank{ranks - 1}.txt").read_text(encoding="utf-8")
+    assert re.fullmatch(r"  rank 0: update, step 3, for [2-9] s", lines[1])
+    assert re.fullmatch(r"  rank 1: rollout, step 3, for [2-9] s", lines[2])
+    assert lines[3] == "the others wait for rank 1"
+    assert lines[-1] == f"where each rank's threads stand: {tmp_path}/stalled.rank*.txt"
+    stacks = (tmp_path / "stalled.rank1.txt").read_text(encoding="utf-8")
     assert "a_library_that_never_returns" in stacks
-    assert len(list(tmp_path.iterdir())) == ranks
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.integration

@@ -127,7 +127,7 @@ def ready(process: subprocess.Popen[str]) -> dict[int, int]:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGINT])
 def test_ranks_have_time_to_save_and_the_last_word(sent: signal.Signals) -> None:
     with launched(SAVES) as process:
         ranks = ready(process)

@@ -110,7 +110,7 @@ def test_a_stop_is_preceded_by_a_checkpoint(
     with pytest.raises(TooManyFailures), save.before_stop(stops_after):
         raise TooManyFailures("x")
     assert done == saved
-    assert said == [f"{stops_after} steps are saved; resume=true continues after them"]
+    assert said == [f"saved after step {stops_after}; resume=true continues"]
     with pytest.raises(ValueError, match="a fault"), save.before_stop(99):
         raise ValueError("a fault")
     assert done == saved

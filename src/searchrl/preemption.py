@@ -116,5 +116,5 @@ class Saver:
             yield
         except CleanStop:
             self(step)
-            self._say(f"{step} steps are saved; resume=true continues after them")
+            self._say(f"saved after step {step}; resume=true continues")
             raise
