@@ -110,9 +110,7 @@ def start(body: str, out: Path, *, ranks: int, timeout_s: float) -> subprocess.P
 
 @pytest.mark.integration
 def test_a_hanging_rank_is_named_and_all_are_ended(tmp_path: Path) -> None:
-    begin = time.monotonic()
     printed, _ = start(HANGS, tmp_path, ranks=2, timeout_s=2.0).communicate(timeout=120)
-    assert time.monotonic() - begin < 60
     lines = printed.splitlines()
     assert (
         lines[0] == "searchrl: no rank has given a sign of life for stall_timeout_s=2 s; what each did last:"

@@ -102,19 +102,16 @@ class Heartbeat:
         """Say what hangs, once for all ranks, and end this process, whatever its other threads do."""
         with self._stacks.open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file)
-        message = (
-            f"searchrl: {message}\nwhere each rank's threads stand: {self._stacks.parent}/stalled.rank*.txt"
-        )
+        stacks = f"{self._stacks.parent}/stalled.rank*.txt"
+        message = f"searchrl: {message}\nwhere each rank's threads stand: {stacks}"
         is_first = True
         with suppress(RuntimeError):
             assert self._store is not None
             is_first = self._store.add("told", 1) == 1
-        if is_first and not tell_launcher(message, 1):
+        if not is_first:  # the first to end takes the others along, and must have spoken before
+            time.sleep(2 * _PERIOD_S)
+        elif not tell_launcher(message, 1):
             print(message, file=sys.stderr, flush=True)
-        if not is_first:
-            time.sleep(
-                2 * _PERIOD_S
-            )  # a process that ends takes the others with it, and the word of the first
         os._exit(1)
 
 
