@@ -50,8 +50,8 @@ def test_phases_give_signs_of_life() -> None:
     assert [sign.doing for sign in seen] == ["start", "rollout", "rollout", "after rollout", "saving"]
     assert [sign.step for sign in seen] == [0, 7, 7, 7, 7]
     assert [sign.begun for sign in seen] == [0, 1, 1, 1, 1]
-    counts = [sign.count for sign in seen]
-    assert counts == sorted(set(counts))
+    numbers = [sign.number for sign in seen]
+    assert numbers == sorted(set(numbers))
 
 
 PARENT = "import sys; from searchrl.launcher import launch; launch(['-c', *sys.argv[1:]], 2)"

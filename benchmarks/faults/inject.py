@@ -4,7 +4,7 @@
 
 Every run is `searchrl train +experiment=smoke` with its real parts: random tiny policy, vLLM, DeepSpeed, BM25
 server. It needs the worldfacts corpus and its index under ``assets`` and, for the full disk, the right to
-mount a small file system. Results are kept in ``SCRATCH/rows.json``; a Markdown table of all is printed at the end.
+mount a small file system. Results are kept in ``SCRATCH/rows.json``, and printed as a Markdown table.
 """
 
 from __future__ import annotations

@@ -52,8 +52,10 @@ class Run(Folder):
 
     process: subprocess.Popen[str]
     mark: str
-    before: set[str]
-    """What lay in shared memory and among temporary files."""
+    shared: set[str]
+    """What lay in shared memory before."""
+    temporary: Path
+    """The run's own folder for temporary files."""
     events_from: int
     """Bytes of ``events.jsonl`` that earlier runs of the folder wrote."""
     printed: list[str] = field(default_factory=list)
@@ -116,7 +118,8 @@ class Run(Folder):
         deadline = time.monotonic() + seconds
         while (alive := self.pids()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        return [f"process {command[:60]}" for command in alive.values()] + sorted(_litter() - self.before)
+        files = sorted(_shared_memory() - self.shared) + [path.name for path in self.temporary.iterdir()]
+        return [f"process {command[:60]}" for command in alive.values()] + files
 
 
 @contextmanager
@@ -135,22 +138,25 @@ def started(
         f"name={name}",
         *overrides,
     ]
+    folder, shared, temporary = where / "runs" / name, _shared_memory(), where / "tmp" / mark
+    temporary.mkdir(parents=True)
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    environment |= {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", MARK: mark, **variables}
-    folder, before = where / "runs" / name, _litter()
+    environment |= {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", MARK: mark, "TMPDIR": str(temporary)}
     events = folder / "events.jsonl"
     events_from = events.stat().st_size if events.exists() else 0
     process = subprocess.Popen(
         command,
         cwd=where,
-        env=environment,
+        env=environment | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # not ignored, as by `&`
     )
-    run = Run(process=process, folder=folder, mark=mark, before=before, events_from=events_from)
+    run = Run(
+        process=process, folder=folder, mark=mark, shared=shared, temporary=temporary, events_from=events_from
+    )
     reader = threading.Thread(target=run.read, daemon=True)
     reader.start()
     try:
@@ -183,11 +189,5 @@ def until(look: Callable[[], T | None], seconds: float, what: str, *, pause_s: f
     return found
 
 
-def _litter() -> set[str]:
-    folders = (Path("/dev/shm"), Path("/tmp"))
-    return {
-        str(path)
-        for folder in folders
-        for path in folder.iterdir()
-        if folder.name == "shm" or path.name.startswith(("searchrl-", "torchelastic", "psm_"))
-    }
+def _shared_memory() -> set[str]:
+    return {str(path) for path in Path("/dev/shm").iterdir()}

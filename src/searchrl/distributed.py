@@ -11,7 +11,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup, Store
+    from torch._C._distributed_c10d import Store
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
@@ -125,7 +126,8 @@ def side_group(size: int, timeout_s: float = 3600.0) -> ProcessGroup | None:
     if size == 1:
         return None
     timeout = timedelta(seconds=timeout_s)
-    return dist.new_subgroups(group_size=size, backend="gloo", timeout=timeout)[0]
+    group: ProcessGroup = dist.new_subgroups(group_size=size, backend="gloo", timeout=timeout)[0]
+    return group
 
 
 def gather_objects(value: T, group: ProcessGroup | None = None) -> list[T]:
@@ -155,16 +157,16 @@ def open_store(world: World) -> Store:
 
     Rank 0 holds it, on a free port; it ends with that process.
     """
-    import torch.distributed as dist
+    from torch._C._distributed_c10d import HashStore, TCPStore  # the types that torch.distributed passes on
 
     if world.size == 1:
-        return dist.HashStore()
+        return HashStore()
     host, timeout, port = os.environ["MASTER_ADDR"], timedelta(seconds=60), 0
     if world.is_main:
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         port = store.port
     port = broadcast_object(port)
-    return store if world.is_main else dist.TCPStore(host, port, wait_for_workers=False, timeout=timeout)
+    return store if world.is_main else TCPStore(host, port, wait_for_workers=False, timeout=timeout)
 
 
 def barrier() -> None:

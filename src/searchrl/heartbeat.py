@@ -29,7 +29,7 @@ from searchrl.phases import Phases, Sign
 from searchrl.preemption import StopRequest
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 _PERIOD_S = 1.0
 
@@ -108,10 +108,9 @@ class Heartbeat:
         with suppress(RuntimeError):
             assert self._store is not None
             is_first = self._store.add("told", 1) == 1
-        if not is_first:  # the first to end takes the others along, and must have spoken before
-            time.sleep(2 * _PERIOD_S)
-        elif not tell_launcher(message, 1):
+        if is_first and not tell_launcher(message, 1):
             print(message, file=sys.stderr, flush=True)
+        time.sleep(3 * _PERIOD_S)  # who ends takes the others along: they notice too, and write their stacks
         os._exit(1)
 
 

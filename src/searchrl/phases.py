@@ -34,7 +34,7 @@ class Sign(NamedTuple):
     """The phase, or what lies between two."""
     begun: int
     """Phases begun so far: ranks of a run begin the same ones."""
-    count: int
+    number: int
     """Signs so far."""
 
 
@@ -67,8 +67,8 @@ class Phases:
 
     def beat(self, doing: str | None = None) -> None:
         """Give a sign of life; from any thread. ``doing``: what begins now, outside of the phases."""
-        _, before, begun, count = self.sign
-        self.sign = Sign(self.step, doing or before, begun, count + 1)
+        _, before, begun, number = self.sign
+        self.sign = Sign(self.step, doing or before, begun, number + 1)
 
     def alive(self, advance: Callable[[object], None]) -> Callable[[object], None]:
         """``advance``, with a sign of life at every call."""
