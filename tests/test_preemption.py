@@ -13,7 +13,7 @@ from integration.launch import environment
 from searchrl.config import ConfigError
 from searchrl.errors import CleanStop, SearchrlError
 from searchrl.failures import TooManyFailures
-from searchrl.preemption import Preempted, Saver, StopRequest
+from searchrl.preemption import Preempted, StopRequest, saved_before_stop
 from searchrl.watch import CollapseError
 
 
@@ -86,31 +86,26 @@ with StopRequest():
 
 
 @pytest.mark.parametrize(
-    ("newest", "saves", "stops_after", "saved"),
+    ("raised", "saved"),
     [
-        (0, [], 0, []),  # nothing is learnt yet
-        (0, [], 3, [3]),
-        (0, [3], 3, [3]),  # it was due, and is not done again
-        (0, [3], 4, [3, 4]),
-        (5, [], 5, []),  # resumed, and stopped before the next step
-        (5, [], 6, [6]),
+        (None, []),
+        (TooManyFailures("x"), [7]),
+        (Preempted(signal.SIGTERM), [7]),
+        (ValueError("a fault: what is in memory may be damaged"), []),
     ],
 )
-def test_a_stop_is_preceded_by_a_checkpoint(
-    newest: int, saves: list[int], stops_after: int, saved: list[int]
+def test_a_stop_is_preceded_by_a_checkpoint_and_a_fault_is_not(
+    raised: Exception | None, saved: list[int]
 ) -> None:
     done: list[int] = []
     said: list[str] = []
-    save = Saver(done.append, newest=newest, say=said.append)
-    for step in saves:
-        save(step)
-    with save.before_stop(stops_after):
-        pass
-    assert (done, said) == (saves, [])
-    with pytest.raises(TooManyFailures), save.before_stop(stops_after):
-        raise TooManyFailures("x")
+    caught = None
+    try:
+        with saved_before_stop(7, save=done.append, say=said.append):
+            if raised is not None:
+                raise raised
+    except Exception as error:
+        caught = error
+    assert caught is raised
     assert done == saved
-    assert said == [f"saved after step {stops_after}; resume=true continues"]
-    with pytest.raises(ValueError, match="a fault"), save.before_stop(99):
-        raise ValueError("a fault")
-    assert done == saved
+    assert said == ["saved after step 7; resume=true continues"] * len(saved)

@@ -88,33 +88,20 @@ NEVER = StopRequest()
 """For what runs outside of training, and ends with its process."""
 
 
-class Saver:
-    """Saves a run after a step, not twice after the same one."""
+@contextmanager
+def saved_before_stop(
+    step: int, *, save: Callable[[int], object], say: Callable[[str], None]
+) -> Iterator[None]:
+    """A block that may stop the run, after ``step`` steps: they are saved before the stop goes on.
 
-    def __init__(self, save: Callable[[int], None], *, newest: int, say: Callable[[str], None]) -> None:
-        """Save nothing yet.
-
-        Args:
-            save: saves after so many steps.
-            newest: steps of the checkpoint that the run continues from; 0: none, and nothing to save either.
-            say: tells the user.
-        """
-        self._save = save
-        self._newest = newest
-        self._say = say
-
-    def __call__(self, step: int) -> None:
-        """Save after ``step`` steps, unless that is done already."""
-        if step != self._newest:
-            self._save(step)
-            self._newest = step
-
-    @contextmanager
-    def before_stop(self, step: int) -> Iterator[None]:
-        """A block that may stop the run, after ``step`` steps: they are saved before the stop goes on."""
-        try:
-            yield
-        except CleanStop:
-            self(step)
-            self._say(f"saved after step {step}; resume=true continues")
-            raise
+    Args:
+        step: steps done.
+        save: saves after so many steps, unless that is done already.
+        say: tells the user.
+    """
+    try:
+        yield
+    except CleanStop:
+        save(step)
+        say(f"saved after step {step}; resume=true continues")
+        raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from searchrl.metrics import MetricLog, Tally, read_records
 from searchrl.out_of_memory import TokenBudget
 from searchrl.overlap import Rollouts
 from searchrl.policy import ReferencePolicy
-from searchrl.preemption import Saver
+from searchrl.preemption import saved_before_stop
 from searchrl.records import policy_lag, rollout_tally, write_trajectories
 from searchrl.reference import Reference
 from searchrl.retrieval.meter import RetrievalStats, merge_stats
@@ -54,7 +55,8 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
         checkpoints = Checkpoints(folder=env.run_dir / "checkpoints", keep=cfg.saving.keep, world=env.world)
         sync = _weight_sync(run, actor)
         start = _resume(run, actor, rollouts.sampler, checkpoints) if cfg.resume else 0
-        save = _saver(run, actor, sync, rollouts, checkpoints, start)
+        save = partial(_save, run, actor, sync, rollouts, checkpoints)
+        safely = partial(saved_before_stop, save=save, say=env.console.say)
         # Main's numbers on every rank: a watch that stops the run must stop it everywhere.
         watch = Watch(cfg.watch, broadcast_object(read_records(env.run_dir, start)))
         log = MetricLog(env.run_dir, cfg.logger, resolved, resumed_step=start) if env.world.is_main else None
@@ -65,7 +67,7 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
         budget = TokenBudget(tokens=cfg.batching.max_tokens, say=env.console.say)
 
         for step in range(start, cfg.steps):
-            with save.before_stop(step):
+            with safely(step):
                 if watch.must_stop():
                     raise _stopped(watch, checkpoints.path(step))
                 phases.step = step + 1
@@ -90,8 +92,8 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
             metrics |= watch.metrics()
             _tell(run, log, step + 1, metrics, alarms)
             if cfg.eval.every and (step + 1) % cfg.eval.every == 0 and step + 1 < cfg.steps:
-                with save.before_stop(step + 1):
-                    _evaluate_between(run, step + 1, log)
+                with safely(step + 1):
+                    metrics |= _evaluate_between(run, step + 1, log)
             if cfg.saving.is_due(step + 1):
                 save(step + 1)
 
@@ -117,21 +119,6 @@ def _rollouts(run: Run) -> Rollouts[Played]:
         cfg=run.env.cfg,
         sampler=sampler,
         runner=run.env.runner,
-    )
-
-
-def _saver(
-    run: Run,
-    actor: Actor,
-    sync: WeightSync,
-    rollouts: Rollouts[Played],
-    checkpoints: Checkpoints,
-    start: int,
-) -> Saver:
-    return Saver(
-        lambda step: _save(run, actor, sync, rollouts, checkpoints, step),
-        newest=start,
-        say=run.env.console.say,
     )
 
 
@@ -297,7 +284,12 @@ def _save(
     checkpoints: Checkpoints,
     step: int,
 ) -> None:
-    """Save after ``step``. A checkpoint needs the optimizer: it takes the engine's place once more."""
+    """Save after ``step``, unless there is nothing new.
+
+    A checkpoint needs the optimizer: it takes the engine's place once more.
+    """
+    if step == 0 or checkpoints.path(step).exists():
+        return
     run.env.phases.beat("saving")
     _make_room(run, actor)
     path = checkpoints.save(actor, step=step, sampler=rollouts.sampler_state())
@@ -317,10 +309,11 @@ def _resume(run: Run, actor: Actor, sampler: Sampler, checkpoints: Checkpoints) 
     return int(state["step"])
 
 
-def _evaluate_between(run: Run, step: int, log: MetricLog | None) -> None:
-    results = evaluate_policy(run, step, run.env.cfg.eval.interim_questions)
+def _evaluate_between(run: Run, step: int, log: MetricLog | None) -> dict[str, float]:
+    metrics = eval_metrics(evaluate_policy(run, step, run.env.cfg.eval.interim_questions))
     if log is not None:
-        log.write(step, eval_metrics(results))
+        log.write(step, metrics)
+    return metrics
 
 
 def _finish(run: Run, actor: Actor, before: list[Result] | None, log: MetricLog | None) -> Path:
