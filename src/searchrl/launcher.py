@@ -29,7 +29,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from searchrl.config import Config, ConfigError, Device
-from searchrl.environment import LAUNCHER_VARIABLE
+from searchrl.environment import LAUNCHER_VARIABLE, say_stopping
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -130,6 +130,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
     with tempfile.TemporaryDirectory(prefix="searchrl-") as folder:
 
         def pass_on(number: int, frame: FrameType | None) -> None:
+            say_stopping(number)
             for sent in (signal.SIGTERM, signal.SIGUSR1):  # once is enough
                 signal.signal(sent, signal.SIG_IGN)
             signal.signal(signal.SIGINT, leave)

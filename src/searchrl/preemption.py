@@ -14,6 +14,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from searchrl.distributed import gather_objects
+from searchrl.environment import LAUNCHER_VARIABLE, say_stopping
 from searchrl.errors import CleanStop
 
 if TYPE_CHECKING:
@@ -74,11 +75,9 @@ class StopRequest:
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.asked is None and os.environ.get("RANK", "0") == "0":
-            # Not print: the signal may have come in the middle of one.
-            os.write(
-                2, f"searchrl: {signal.Signals(number).name}: stopping; Ctrl-C leaves at once\n".encode()
-            )
+        is_first = self.asked is None and os.environ.get("RANK", "0") == "0"
+        if is_first and LAUNCHER_VARIABLE not in os.environ:  # else the launcher tells
+            say_stopping(number)
         self.ask(signal.Signals(number))
         # Python's own handlers would have to wait for a collective to end.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
