@@ -109,21 +109,22 @@ import signal
 asked = []
 for sent in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
     signal.signal(sent, lambda number, _: asked.append(number))
-print(f"rank {rank} is ready", flush=True)
+os.write(1, f"rank {rank} is ready\\n".encode())
 while not asked:
     time.sleep(0.01)
 time.sleep(0.1 + rank)
-print(f"rank {rank} has saved", flush=True)
+os.write(1, f"rank {rank} has saved\\n".encode())
 tell_launcher(f"stopped by {asked[0]}", 75)
 sys.exit(75)
 """
 
 
-def ready(process: subprocess.Popen[str]) -> dict[int, int]:
-    ranks = pids(process)
+def ready(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of both ranks, once they listen."""
     assert process.stdout is not None
-    assert {process.stdout.readline() for _ in range(2)} == {f"rank {rank} is ready\n" for rank in (0, 1)}
-    return ranks
+    printed = "".join(process.stdout.readline() for _ in range(4))
+    assert printed.count("is ready") == 2, printed
+    return [int(pid) for pid in re.findall(r"is (\d+)\n", printed)]
 
 
 @pytest.mark.integration
@@ -135,7 +136,7 @@ def test_ranks_have_time_to_save_and_the_last_word(sent: signal.Signals) -> None
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)  # again, as clusters do: changes nothing
         rest, _ = process.communicate(timeout=120)
-        assert all(gone(pid, 1) for pid in ranks.values())
+        assert all(gone(pid, 1) for pid in ranks)
     assert process.returncode == 75
     first, *saved, last = rest.splitlines()
     assert first == f"searchrl: {sent.name}: stopping; Ctrl-C leaves at once"
@@ -152,7 +153,7 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=20)
-        assert all(gone(pid, 10) for pid in ranks.values())
+        assert all(gone(pid, 10) for pid in ranks)
     assert (process.returncode, rest) == (130, "searchrl: SIGINT: stopping; Ctrl-C leaves at once\n")
 
 

@@ -12,7 +12,7 @@ import pytest
 from integration.launch import environment
 from searchrl.config import ConfigError
 from searchrl.errors import CleanStop, SearchrlError
-from searchrl.failures import TooManyFailures
+from searchrl.failures import TooManyFailures, check_failures
 from searchrl.preemption import Preempted, StopRequest, saved_before_stop
 from searchrl.watch import CollapseError
 
@@ -109,3 +109,12 @@ def test_a_stop_is_preceded_by_a_checkpoint_and_a_fault_is_not(
     assert caught is raised
     assert done == saved
     assert said == ["saved after step 7; resume=true continues"] * len(saved)
+
+
+@pytest.mark.parametrize(("asked", "raised"), [(None, TooManyFailures), (signal.SIGUSR1, Preempted)])
+def test_what_a_stop_interrupted_is_not_judged(asked: signal.Signals | None, raised: type[CleanStop]) -> None:
+    stop = StopRequest()
+    if asked is not None:
+        stop.ask(asked)
+    with pytest.raises(raised):
+        check_failures(["lost"], 1, max_failed_fraction=0.0, stop=stop)

@@ -431,8 +431,9 @@ class Slow(Library):
     """Answers the first search at once, and every other one never."""
 
     async def __call__(self, call: ToolCall, example: Example) -> ToolResult:
+        is_first = not self.calls
         result = await super().__call__(call, example)
-        if len(self.calls) > 1:
+        if not is_first:
             await asyncio.Event().wait()
         return result
 

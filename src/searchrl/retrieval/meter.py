@@ -119,7 +119,7 @@ def merge_stats(parts: Sequence[RetrievalStats]) -> RetrievalStats:
         statuses,
         counts,
         sorted(s for part in parts for s in part.seconds),
-        paused_s=max(part.paused_s for part in parts),
+        paused_s=max((part.paused_s for part in parts), default=0.0),
     )
 
 
