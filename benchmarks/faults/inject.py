@@ -17,9 +17,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,7 @@ def server(where: Path, port: int) -> Iterator[subprocess.Popen[str]]:
             for line in process.stdout:
                 if "serving on port" in line:
                     break
+            threading.Thread(target=process.stdout.read, daemon=True).start()
             yield process
         finally:
             process.kill()
@@ -267,7 +270,7 @@ def preempted(where: Path) -> list[Row]:
         settings = ["steps=50", f"saving.every={int(phase == 'saving')}", *(["resume=true"] if rows else [])]
         with started(where, "preempted", *settings) as run:
             step = int(run.await_text(r"step (\d+)/50")[1]) + 1
-            run.await_events(lambda events, phase=phase, step=step: in_phase(events, phase, step))
+            run.await_events(partial(in_phase, phase=phase, step=step))
             run.process.send_signal(signal.SIGTERM)
             begin = time.monotonic()
             code = run.end()
@@ -287,7 +290,7 @@ def preempted(where: Path) -> list[Row]:
     return [*rows, ("these five together, resumed", "the metrics of a run without a fault", seen, same)]
 
 
-def in_phase(events: list[dict[str, Any]], phase: str, step: int) -> bool:
+def in_phase(events: list[dict[str, Any]], *, phase: str, step: int) -> bool:
     """Whether the run has come into this phase; it saves when the engine makes room after a sync."""
     told = [(event["event"], event.get("phase")) for event in events if event["step"] == step]
     if phase != "saving":
@@ -507,8 +510,10 @@ def wandb(where: Path) -> list[Row]:
 
 def without_times(run: Folder) -> list[dict[str, Any]]:
     """Metrics of the steps, but for what depends on time."""
-    timed = ("time/", "retrieval/latency", "retrieval/requests", "retrieval/retries", "memory/", "sync/")
-    timed += ("machine/", "throughput/", "retrieval/paused")
+    timed = (
+        *("time/", "retrieval/latency", "retrieval/requests", "retrieval/retries", "retrieval/paused"),
+        *("memory/", "sync/", "machine/", "throughput/"),
+    )
     return [{k: v for k, v in one.items() if not k.startswith(timed)} for one in run.records()]
 
 

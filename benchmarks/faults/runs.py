@@ -123,15 +123,12 @@ class Run(Folder):
 
 
 @contextmanager
-def started(
-    where: Path, name: str, *overrides: str, launcher: tuple[str, ...] = (), **variables: str
-) -> Iterator[Run]:
+def started(where: Path, name: str, *overrides: str, **variables: str) -> Iterator[Run]:
     """A running `searchrl train`; killed at the end of the block, if it has not ended."""
     mark = uuid.uuid4().hex
     command = [
         sys.executable,
         "-m",
-        *launcher,
         "searchrl.cli",
         "train",
         *SETTINGS,
