@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 _PERIOD_S = 1.0
+_ASLEEP_S = 60.0
+"""A thread that comes so late to its next look saw nothing of what happened meanwhile."""
 
 
 class Heartbeat:
@@ -74,12 +76,17 @@ class Heartbeat:
     def _run(self) -> None:
         signs = [Sign(0, "start", 0, 0)] * self._world.size
         changed = [time.monotonic()] * self._world.size
+        looked = time.monotonic()
         while not self._done.wait(min(_PERIOD_S, self._timeout_s / 4)):
-            now = time.monotonic()
+            before, looked = looked, time.monotonic()
+            if (
+                looked - before > _ASLEEP_S
+            ):  # this process was stopped, by Ctrl-Z say, with all others or alone
+                changed = [looked] * self._world.size
             for rank, sign in enumerate(self._exchange(signs)):
                 if sign != signs[rank]:
-                    signs[rank], changed[rank] = sign, now
-            silent = [now - then for then in changed]
+                    signs[rank], changed[rank] = sign, looked
+            silent = [looked - then for then in changed]
             if min(silent) > self._timeout_s and not self._done.is_set():
                 self._end(stalled(signs, silent, self._timeout_s))
 
