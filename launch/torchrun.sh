@@ -2,6 +2,7 @@
 # Train on several nodes; on one `searchrl train` starts a process per GPU by itself. Every argument goes to Hydra.
 # Run the same line on each node, with NODES, NODE_RANK and MASTER_ADDR set:
 #   NODES=2 NODE_RANK=0 MASTER_ADDR=node0 launch/torchrun.sh +experiment=NAME
+# SIGTERM and SIGUSR1 go on to the ranks, which save and end; torchrun would give them half a minute for it.
 set -euo pipefail
 
 nodes=${NODES:-1}
@@ -14,4 +15,6 @@ if ((nodes > 1)); then
         --master-port "${MASTER_PORT:-29500}"
     )
 fi
-exec torchrun "${rendezvous[@]}" --nproc-per-node "${GPUS_PER_NODE:-gpu}" -m searchrl.cli train "$@"
+stopping=(--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 3600)
+exec torchrun "${rendezvous[@]}" "${stopping[@]}" --nproc-per-node "${GPUS_PER_NODE:-gpu}" \
+    -m searchrl.cli train "$@"

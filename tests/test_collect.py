@@ -5,7 +5,8 @@ Letters: C has a signal, E and H have none, S never ends. E and H end before C d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from integration.scripts.collect_checks import (
 from searchrl.collect import Collected, collect
 from searchrl.config import ResamplingConfig
 from searchrl.data import Sampler
+from searchrl.preemption import Preempted, StopRequest
 from searchrl.rewards import ScoredGroup
 from searchrl.trajectory import Example, Finish, Group, Outcome, Trajectory, Turn
 
@@ -88,6 +90,19 @@ def test_a_step_by_hand(
     for item in step.scored:
         assert item.group.example.question.startswith(KINDS[letters[item.group.id]])
         assert len(item.group.trajectories) == GROUP_SIZE
+
+
+def test_a_request_to_stop_ends_the_step_without_a_group(player: Player) -> None:
+    stop = StopRequest()
+
+    def play(questions: Sequence[tuple[int, Example]], is_enough: Callable[[Group], bool]) -> list[Group]:
+        stop.ask(signal.SIGTERM)
+        return []
+
+    sampler = Sampler(stream("CC"), seed=0)
+    with pytest.raises(Preempted):
+        collect(sampler, play, exact, groups_per_step=2, resampling=ResamplingConfig(max_rounds=3), stop=stop)
+    assert sampler.state_dict()["cursor"] == 2  # one round
 
 
 def test_one_round_is_a_plain_rollout(player: Player) -> None:

@@ -339,6 +339,12 @@ RENORMALISE = "truncates the distribution that rollouts sample from, but the los
             "retrieval.shuffle_documents=true shuffles the embedded corpus, which retrieval.kind=none does "
             "not have; choose retrieval=shuffled, or set it to false",
         ),
+        (
+            ["stall_timeout_s=1320"],
+            "stall_timeout_s=1320 would take a rollout for hanging that only waits: it may be silent for "
+            "episode.deadline_s=600 + retrieval.patience_s=600 + retrieval.deadline_s=120; raise it above "
+            "1320, or lower these",
+        ),
         (["seed=-1"], "seed=-1 must not be negative"),
         (
             ["resume=maybe"],
@@ -540,6 +546,7 @@ def test_amounts_are_above_zero(name: str) -> None:
         "eval.questions",
         "eval.interim_questions",
         "saving.every",
+        "retrieval.patience_s",
         "warmstart.demonstrations",
     ],
 )

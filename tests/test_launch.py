@@ -21,7 +21,7 @@ from searchrl.cli import load_config
 
 LAUNCH = sorted(path for path in (ROOT / "launch").iterdir())
 TOOL = """#!{python} -SE
-import json, os, sys, time
+import json, os, signal, sys, time
 name, arguments = os.path.basename(sys.argv[0]), sys.argv[1:]
 with open({record!r}, "a") as out:
     out.write(json.dumps([name, *arguments]) + "\\n")
@@ -30,6 +30,7 @@ if name == "scontrol" and arguments[:2] == ["show", "hostnames"]:
 if name == "srun":
     command = [word for word in arguments if not word.startswith("--")]
     os.execvpe(command[0], command, os.environ | {{"SLURM_NODEID": "1"}})
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit({code}))  # it has saved
 while name == "torchrun" and os.path.exists({hold!r}):
     time.sleep(0.02)
 """
@@ -45,11 +46,11 @@ class Cluster:
         bin_folder.mkdir(parents=True)
         for name in ("torchrun", "srun", "scontrol"):
             tool = bin_folder / name
-            tool.write_text(
-                TOOL.format(python=sys.executable, record=str(self.record), hold=str(self.hold)),
-                encoding="utf-8",
-            )
+            tool.write_text(self.tool(), encoding="utf-8")
             tool.chmod(0o755)
+
+    def tool(self, *, code: int = 1) -> str:
+        return TOOL.format(python=sys.executable, record=str(self.record), hold=str(self.hold), code=code)
 
     def start(self, *command: str, **variables: str) -> subprocess.Popen[str]:
         path = f"{self.folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
@@ -78,6 +79,8 @@ def started(cluster: Cluster) -> tuple[dict[str, Any], list[str]]:
     (call,) = cluster.calls("torchrun")
     asked = vars(get_args_parser().parse_args(call))
     assert (asked["module"], asked["training_script"]) == (True, "searchrl.cli")
+    assert "SIGUSR1" in asked["signals_to_handle"]
+    assert asked["shutdown_timeout"] >= 600
     command, *overrides = asked["training_script_args"]
     assert command == "train"
     load_config(overrides)
@@ -120,18 +123,25 @@ def test_slurm(cluster: Cluster, restarts: dict[str, str], more: list[str]) -> N
     assert cluster.calls("scontrol") == [["show", "hostnames", "alpha,beta"]]
 
 
-def test_slurm_queues_a_job_again_whose_time_runs_out_and_keeps_the_exit_code(cluster: Cluster) -> None:
+@pytest.mark.parametrize(("code", "requeued"), [(1, True), (0, False)])
+def test_slurm_tells_a_run_whose_time_runs_out_to_stop_and_queues_it_again_unless_it_finished(
+    cluster: Cluster, code: int, requeued: bool
+) -> None:
     cluster.hold.touch()
+    (cluster.folder / ".venv" / "bin" / "torchrun").write_text(cluster.tool(code=code), encoding="utf-8")
     process = cluster.start("bash", "launch/slurm.sbatch", "+experiment=smoke", **SLURM)
     wait_for(lambda: cluster.calls("torchrun"))
+    time.sleep(0.2)  # its handler
     process.send_signal(signal.SIGUSR1)
-    wait_for(lambda: ["requeue", "123456"] in cluster.calls("scontrol"))
-    assert process.poll() is None  # SLURM ends it, or the run does
-    cluster.hold.unlink()
     process.communicate(timeout=60)
-    assert process.returncode == 0
+    assert process.returncode == code
+    assert (["requeue", "123456"] in cluster.calls("scontrol")) == requeued
+
+
+def test_slurm_keeps_the_exit_code_of_a_run_that_fails(cluster: Cluster) -> None:
     (cluster.folder / ".venv" / "bin" / "torchrun").write_text("#!/bin/sh\nexit 3\n")
     assert cluster.run("bash", "launch/slurm.sbatch", "+experiment=smoke", **SLURM) == (3, "")
+    assert ["requeue", "123456"] not in cluster.calls("scontrol")
 
 
 def wait_for(condition: Any) -> None:

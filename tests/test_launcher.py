@@ -104,6 +104,59 @@ def test_whatever_ends_the_launcher_ends_its_ranks(sent: signal.Signals) -> None
     assert process.returncode == (-sent if sent is signal.SIGKILL else 128 + sent)
 
 
+SAVES = """
+import signal
+asked = []
+for sent in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(sent, lambda number, _: asked.append(number))
+os.write(1, f"rank {rank} is ready\\n".encode())
+while not asked:
+    time.sleep(0.01)
+time.sleep(0.1 + rank)
+os.write(1, f"rank {rank} has saved\\n".encode())
+tell_launcher(f"stopped by {asked[0]}", 75)
+sys.exit(75)
+"""
+
+
+def ready(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of both ranks, once they listen."""
+    assert process.stdout is not None
+    printed = "".join(process.stdout.readline() for _ in range(4))
+    assert printed.count("is ready") == 2, printed
+    return [int(pid) for pid in re.findall(r"is (\d+)\n", printed)]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGINT])
+def test_ranks_have_time_to_save_and_the_last_word(sent: signal.Signals) -> None:
+    with launched(SAVES) as process:
+        ranks = ready(process)
+        process.send_signal(sent)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)  # again, as clusters do: changes nothing
+        rest, _ = process.communicate(timeout=120)
+        assert all(gone(pid, 1) for pid in ranks)
+    assert process.returncode == 75
+    first, *saved, last = rest.splitlines()
+    assert first == f"searchrl: {sent.name}: stopping; Ctrl-C leaves at once"
+    assert sorted(saved) == ["rank 0 has saved", "rank 1 has saved"]
+    assert last == f"stopped by {int(sent)}"
+
+
+@pytest.mark.integration
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    with launched(SAVES.replace("0.1 + rank", "600")) as process:
+        ranks = ready(process)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=20)
+        assert all(gone(pid, 10) for pid in ranks)
+    assert (process.returncode, rest) == (130, "searchrl: SIGINT: stopping; Ctrl-C leaves at once\n")
+
+
 @pytest.mark.parametrize(
     ("installed", "listed", "count"),
     [

@@ -11,6 +11,7 @@ import pytest
 
 from searchrl.config import Config, SavingConfig
 from searchrl.data import Sampler
+from searchrl.errors import CleanStop
 from searchrl.overlap import Rollouts, starts_early
 from searchrl.trajectory import Example
 
@@ -119,6 +120,25 @@ def test_a_failed_rollout_is_raised_where_it_is_waited_for(runner: asyncio.Runne
             with pytest.raises(TrainingError, match="in the rollout of step 4") as caught:
                 awaited()
             assert "play" in [entry.name for entry in caught.traceback]
+
+
+def test_a_rollout_that_stops_the_run_lets_the_step_end_and_is_not_taken(runner: asyncio.Runner) -> None:
+    """A checkpoint after it goes on with its draws."""
+    draws = sampler()
+
+    def play(step: int) -> None:
+        draws.take(2)
+        if step == 1:
+            raise CleanStop("between two steps")
+
+    with Rollouts(play, cfg=config(overlap=True), sampler=draws, runner=runner) as rollouts:
+        rollouts.take(0)
+        rollouts.start_early(1)
+        rollouts.wait()
+        assert draws.state_dict()["cursor"] == 4
+        with pytest.raises(CleanStop, match="between two steps"):
+            rollouts.take(1)
+        assert rollouts.sampler_state()["cursor"] == 2
 
 
 def fail(rollouts: Rollouts[None], begun: threading.Event) -> None:

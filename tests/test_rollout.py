@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,8 +24,10 @@ from transformers import PreTrainedTokenizerFast
 
 from searchrl.config import EpisodeConfig, SamplingConfig
 from searchrl.engine import Engine, Generation, GenerationRequest
+from searchrl.preemption import StopRequest
 from searchrl.protocol import Protocol
 from searchrl.retrieval.client import HttpRetriever
+from searchrl.retrieval.meter import RetrievalMeter
 from searchrl.rollout import Rollout
 from searchrl.tools import SearchTool, Tool, ToolError
 from searchrl.trajectory import (
@@ -424,21 +427,83 @@ def test_seeds_do_not_depend_on_who_else_runs(tokenizer: PreTrainedTokenizerFast
     assert all(not seeds & other[stream] for stream, seeds in alone.items())
 
 
-def test_a_rollout_that_hangs_ends_with_the_name_of_its_limit(tokenizer: PreTrainedTokenizerFast) -> None:
-    limits = EpisodeConfig(prompt_template="{question}", deadline_s=0.05)
-    rollout = Rollout(
-        engine=cast(Engine, ScriptedEngine(tokenizer, [], hang=True)),
-        protocol=Protocol(tokenizer, limits),
-        tool=Library(),
-        limits=limits,
-        seed=0,
+class Slow(Library):
+    """Answers the first search at once, and every other one never."""
+
+    async def __call__(self, call: ToolCall, example: Example) -> ToolResult:
+        is_first = not self.calls
+        result = await super().__call__(call, example)
+        if not is_first:
+            await asyncio.Event().wait()
+        return result
+
+
+def test_what_still_runs_at_the_deadline_is_void_and_keeps_its_turns(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """One episode of three is fast enough; the others wait for their search."""
+    engine = ScriptedEngine(tokenizer, [SEARCH, ANSWER])
+    rollout = replace(rollout_of(engine, Slow()), limits=replace(BASE, deadline_s=0.3))
+    finished: list[Trajectory] = []
+    start = time.monotonic()
+    (group,) = asyncio.run(
+        rollout.groups([(0, EXAMPLE)], group_size=3, sampling=SAMPLING, on_finish=finished.append)
     )
-    message = (
-        r"^episodes were still running after episode\.deadline_s=0\.05 seconds; "
-        r"raise it, or lower groups_per_step or the token limits$"
+    assert time.monotonic() - start < 5
+    assert [t.outcome for t in group.trajectories].count(Outcome.ANSWERED) == 1
+    late = [t for t in group.trajectories if t.outcome is Outcome.ABORTED]
+    assert [len(t.turns) for t in late] == [1, 1]
+    for trajectory in late:
+        assert trajectory.outcome.is_void
+        assert trajectory.error == "the episode was still running after episode.deadline_s=0.3 s"
+        assert trajectory.turns[0].call == ToolCall(query="rome")
+        assert (trajectory.turns[0].result, trajectory.turns[0].observation_ids) == (None, [])
+    assert len(finished) == 3
+
+
+def test_a_pause_of_the_searches_does_not_count_towards_the_deadline(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    meter = RetrievalMeter()
+
+    class Down(Library):
+        async def __call__(self, call: ToolCall, example: Example) -> ToolResult:
+            with meter.pausing():
+                await asyncio.sleep(0.6)
+            return await super().__call__(call, example)
+
+    rollout = rollout_of(ScriptedEngine(tokenizer, [SEARCH, ANSWER]), Down())
+    hasty = replace(rollout, limits=replace(BASE, deadline_s=0.3))
+    for played, outcome in (
+        (hasty, Outcome.ABORTED),
+        (replace(hasty, paused_s=meter.paused_s), Outcome.ANSWERED),
+    ):
+        cast(ScriptedEngine, played.engine).turns.clear()
+        (group,) = asyncio.run(played.groups([(0, EXAMPLE)], group_size=1, sampling=SAMPLING))
+        assert group.trajectories[0].outcome is outcome
+
+
+@pytest.mark.parametrize("at", ["the beginning", "the second group"])
+def test_a_request_to_stop_drops_what_runs(tokenizer: PreTrainedTokenizerFast, at: str) -> None:
+    stop = StopRequest()
+    engine = Sluggish(tokenizer, [SEARCH, ANSWER])
+
+    def is_enough(group: Group) -> bool:
+        stop.ask(signal.SIGTERM)
+        return False
+
+    if at == "the beginning":
+        stop.ask(signal.SIGUSR1)
+    questions = [ask(1, "slow"), ask(2, "quick"), ask(3, "slow")]
+    start = time.monotonic()
+    groups = asyncio.run(
+        rollout_of(engine, Library()).groups(
+            questions, group_size=2, sampling=SAMPLING, is_enough=is_enough, stop=stop
+        )
     )
-    with pytest.raises(TimeoutError, match=message):
-        asyncio.run(rollout.groups([(0, EXAMPLE)], group_size=2, sampling=SAMPLING))
+    assert time.monotonic() - start < 5
+    assert [group.id for group in groups] == ([] if at == "the beginning" else [2])
+    assert engine.dropped == (0 if at == "the beginning" else 4)
 
 
 def test_a_fault_of_the_engine_is_no_outcome(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def init_communication(world: World) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         torch.cuda.set_device(world.local_rank)
-    deepspeed.init_distributed(dist_backend="gloo" if world.device == "cpu" else "nccl", verbose=False)
+    backend = "gloo" if world.device == "cpu" else "nccl"
+    deepspeed.init_distributed(backend, verbose=False, timeout=timedelta(seconds=world.timeout_s))
 
 
 class Actor:

@@ -32,7 +32,7 @@ train, eval and warmstart start one process for each visible GPU; processes=N sa
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the console script. Exit code 2: bad input; 1: the run failed."""
+    """Entry point of the console script. Exit codes: docs/operations.md."""
     parser = argparse.ArgumentParser(
         prog="searchrl", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -300,7 +300,6 @@ _FLAG_COMMANDS = (  # they take flags of their own, not Hydra's overrides
 
 def run() -> None:
     """``main`` with errors that explain themselves reported as one message instead of a traceback."""
-    from searchrl.config import ConfigError
     from searchrl.errors import SearchrlError
     from searchrl.launcher import join_launcher, tell_launcher
 
@@ -308,10 +307,9 @@ def run() -> None:
     try:
         main()
     except SearchrlError as error:
-        code = 2 if isinstance(error, ConfigError) else 1
-        if not tell_launcher(f"searchrl: {error}", code):
+        if not tell_launcher(f"searchrl: {error}", error.exit_code):
             print(f"searchrl: {error}", file=sys.stderr)
-        raise SystemExit(code) from error
+        raise SystemExit(error.exit_code) from error
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception:  # of whatever kind: the launcher prints it, or it goes on

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from searchrl.algorithm.advantages import has_signal
 from searchrl.config import ResamplingConfig
 from searchrl.data.sampler import Sampler
-from searchrl.distributed import gather_objects
+from searchrl.preemption import NEVER, StopRequest
 from searchrl.rewards import ScoredGroup
 from searchrl.trajectory import Example, Group
 
@@ -53,6 +53,7 @@ def collect(
     groups_per_step: int,
     resampling: ResamplingConfig,
     group: ProcessGroup | None = None,
+    stop: StopRequest = NEVER,
 ) -> Collected:
     """Draw, play and score this engine's share of every round. A collective.
 
@@ -66,6 +67,10 @@ def collect(
         groups_per_step: groups that a step trains on, over all ranks.
         resampling: how many rounds, and how many groups are started for one that is needed.
         group: the ranks' process group, if this is not the thread that uses the default one.
+        stop: whether this rank was asked to stop.
+
+    Raises:
+        Preempted: on every rank, if any was asked to stop.
     """
     is_dynamic = resampling.max_rounds > 1
     mine: list[ScoredGroup] = []
@@ -80,7 +85,7 @@ def collect(
             scored = quota.scored
         else:  # nothing to stop: scores can wait for the end of the episodes
             scored = score(play(sampler.take(count), lambda _: False))
-        for part in gather_objects({item.group.id: _has_signal(item) for item in scored}, group):
+        for part in stop.gather({item.group.id: _has_signal(item) for item in scored}, group):
             signals |= part
         mine += scored
         rounds += 1

@@ -8,9 +8,11 @@ import random
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
     from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
@@ -27,6 +29,8 @@ class World:
     """``cpu`` or ``cuda:<local rank>``."""
     engine_size: int = 1
     """Consecutive ranks that hold one engine together."""
+    timeout_s: float = 3600.0
+    """Seconds after which a collective gives up: the last resort where `Heartbeat` does not speak."""
 
     @property
     def is_main(self) -> bool:
@@ -58,12 +62,13 @@ class World:
         return self.rank % self.engine_size == 0
 
 
-def init_world(device: str, *, engine_size: int = 1) -> World:
+def init_world(device: str, *, engine_size: int = 1, timeout_s: float = 3600.0) -> World:
     """Read what ``torchrun`` set, or set the same for a single process. Starts no communication.
 
     Args:
         device: ``cpu`` or ``cuda``.
         engine_size: ranks that hold one engine together; divides their number.
+        timeout_s: for collectives.
     """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -78,6 +83,7 @@ def init_world(device: str, *, engine_size: int = 1) -> World:
         local_rank=local_rank,
         device=f"cuda:{local_rank}" if device == "cuda" else "cpu",
         engine_size=engine_size,
+        timeout_s=timeout_s,
     )
 
 
@@ -114,16 +120,20 @@ def reduce_values(values: Sequence[float], op: str) -> list[float]:
     return [float(value) for value in tensor.tolist()]
 
 
-def side_group(size: int) -> ProcessGroup | None:
+def side_group(size: int, timeout_s: float = 3600.0) -> ProcessGroup | None:
     """A gloo group of ``size`` consecutive ranks, this one among them, beside the trainer's collectives.
 
     Ranks must agree on the order of collectives within a group, which two threads cannot: an engine's
     messages and rollouts in a thread of their own have one each. None for a group of one. A collective of all
-    ranks, whose number ``size`` divides.
+    ranks, whose number ``size`` divides. ``timeout_s`` is that of its collectives.
     """
     import torch.distributed as dist
 
-    return dist.new_subgroups(group_size=size, backend="gloo")[0] if size > 1 else None
+    if size == 1:
+        return None
+    timeout = timedelta(seconds=timeout_s)
+    group: ProcessGroup = dist.new_subgroups(group_size=size, backend="gloo", timeout=timeout)[0]
+    return group
 
 
 def gather_objects(value: T, group: ProcessGroup | None = None) -> list[T]:
@@ -146,6 +156,23 @@ def broadcast_object(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def open_store(world: World) -> Store:
+    """A key-value store that all ranks share, beside their collectives. A collective.
+
+    Rank 0 holds it, on a free port; it ends with that process.
+    """
+    from torch._C._distributed_c10d import HashStore, TCPStore  # the types that torch.distributed passes on
+
+    if world.size == 1:
+        return HashStore()
+    host, timeout, port = os.environ["MASTER_ADDR"], timedelta(seconds=60), 0
+    if world.is_main:
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        port = store.port
+    port = broadcast_object(port)
+    return store if world.is_main else TCPStore(host, port, wait_for_workers=False, timeout=timeout)
 
 
 def barrier() -> None:

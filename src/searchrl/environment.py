@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 import warnings
 
@@ -66,6 +67,12 @@ def prepare_environment(device: str) -> None:
     warnings.filterwarnings(
         "ignore", rf"`torch\.distributed\.({_DEPRECATED_NAMES})` is deprecated", FutureWarning
     )
+
+
+def say_stopping(number: int) -> None:
+    """Tell, from a signal's handler, what it does. Not by print, which the signal may have interrupted."""
+    name = signal.Signals(number).name
+    os.write(2, f"searchrl: {name}: stopping; Ctrl-C leaves at once\n".encode())
 
 
 def matmul_gflops() -> float:

@@ -5,3 +5,10 @@ from __future__ import annotations
 
 class SearchrlError(Exception):
     """Shown without a traceback by the command line. Mixed into the package's public errors."""
+
+    exit_code = 1
+    """What the command ends with."""
+
+
+class CleanStop(SearchrlError, RuntimeError):  # noqa: N818  # it need not be an error
+    """Ends a run between two steps. Nothing is broken: what was trained so far is saved first."""

@@ -6,6 +6,9 @@ passes signals on. Under torchrun, which has done the same already, nothing is l
 
 A rank that fails does not print why: it writes that to the file that TORCHELASTIC_ERROR_FILE names, and the
 launcher prints the first cause, once. A rank whose launcher dies, by kill -9 too, is killed by the kernel.
+
+A signal asks the ranks to stop, and they have time to save. What comes after a failure must not take long:
+torch's launcher ends the ranks that are left by SIGTERM, and half a minute later by SIGKILL.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import ctypes
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -21,10 +25,11 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from searchrl.config import Config, ConfigError, Device
-from searchrl.environment import LAUNCHER_VARIABLE
+from searchrl.environment import LAUNCHER_VARIABLE, say_stopping
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -32,6 +37,8 @@ if TYPE_CHECKING:
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _NOTICED_LATE_S = 5.0
 """A killed rank leaves no time of death. The errors that it causes elsewhere may look this much older."""
+STOP_TIMEOUT_S = 3600
+"""How long ranks that were asked to stop may take. Whoever asked is usually less patient, and kills."""
 
 
 def world_size(cfg: Config) -> int:
@@ -110,7 +117,8 @@ def launch(arguments: Sequence[str], processes: int) -> None:
 
     Raises:
         SystemExit: a rank failed: its exit code (1 if it was killed), after its error was printed. Or this
-            process got a signal, which the ranks get too: 128 + the signal's number.
+            process got a signal, which the ranks get too: the code of the first rank that had a word to say
+            before it ended, else 128 + the signal's number.
     """
     # Imported here: a command that runs in one process, or prints its help, needs no launcher.
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -120,6 +128,20 @@ def launch(arguments: Sequence[str], processes: int) -> None:
     logging.disable(logging.CRITICAL)  # this process only waits; what torch would log, it says itself
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     with tempfile.TemporaryDirectory(prefix="searchrl-") as folder:
+
+        def pass_on(number: int, frame: FrameType | None) -> None:
+            say_stopping(number)
+            for sent in (signal.SIGTERM, signal.SIGUSR1):  # once is enough
+                signal.signal(sent, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, leave)
+            raise SignalException(f"got signal {number}", sigval=signal.Signals(number))
+
+        def leave(number: int, frame: FrameType | None) -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os._exit(128 + number)  # the kernel ends the ranks
+
+        for sent in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(sent, pass_on)
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -130,11 +152,13 @@ def launch(arguments: Sequence[str], processes: int) -> None:
             local_addr="localhost",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
+            signals_to_handle="SIGHUP,SIGQUIT",
+            shutdown_timeout=STOP_TIMEOUT_S,
         )
         try:
             elastic_launch(config, sys.executable)(*arguments)
         except SignalException as error:
-            raise SystemExit(128 + error.sigval) from None
+            raise SystemExit(_last_words(Path(folder)) or 128 + error.sigval) from None
         except ChildFailedError as error:
             raise SystemExit(_explain(error)) from None
 
@@ -160,6 +184,16 @@ def tell_launcher(message: str, exit_code: int) -> bool:
     told = {"message": message, "timestamp": int(now), "seconds": now, "exit_code": exit_code}
     Path(file).write_text(json.dumps(told), encoding="utf-8")
     return True
+
+
+def _last_words(folder: Path) -> int:
+    """Print what the first rank told that had something to tell; return its exit code, 0 if none had."""
+    words = [json.loads(file.read_text(encoding="utf-8")) for file in folder.rglob("error.json")]
+    if not words:
+        return 0
+    first = min(words, key=lambda told: float(told["seconds"]))
+    print(first["message"], file=sys.stderr, flush=True)
+    return int(first["exit_code"])
 
 
 def _explain(error: ChildFailedError) -> int:

@@ -23,6 +23,7 @@ from typing import Generic, Self, TypeVar
 
 from searchrl.config import Config
 from searchrl.data.sampler import Sampler
+from searchrl.errors import CleanStop
 
 T = TypeVar("T")
 
@@ -85,12 +86,18 @@ class Rollouts(Generic[T]):
             self._start(step)
 
     def wait(self) -> None:
-        """Return when no rollout runs: engine and event loop are free. Raises what the rollout raised."""
-        if self._begun is not None:
+        """Return when no rollout runs: engine and event loop are free.
+
+        Raises what the rollout raised, but for a `CleanStop`: that is for `take`, at the end of the step.
+        """
+        if self._begun is not None and not isinstance(self._begun.exception(), CleanStop):
             self._begun.result()
 
     def take(self, step: int) -> T:
-        """The rollout of ``step``, which begins now unless it began early. Raises what it raised."""
+        """The rollout of ``step``, which begins now unless it began early.
+
+        Raises what it raised; then it is not taken, and a checkpoint goes on with its draws.
+        """
         if self._begun is None:
             self._start(step)
         assert self._begun is not None

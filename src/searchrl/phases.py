@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import NamedTuple, Protocol, TextIO
 
 from searchrl.distributed import reduce_values
 
@@ -24,6 +24,18 @@ class Events(Protocol):
 
     def __call__(self, event: str, **details: object) -> None:
         """``event`` has just happened; ``details`` are JSON values."""
+
+
+class Sign(NamedTuple):
+    """A sign of life: where a rank is, and that it moves."""
+
+    step: int
+    doing: str
+    """The phase, or what lies between two."""
+    begun: int
+    """Phases begun so far: ranks of a run begin the same ones."""
+    number: int
+    """Signs so far."""
 
 
 def no_events(event: str, **details: object) -> None:
@@ -50,10 +62,27 @@ class Phases:
         self._seconds: dict[str, float] = {}
         self._peaks: dict[str, int] = {}
         self._baseline = self._memory.peak()
+        self.sign = Sign(0, "start", 0, 0)
+        """The newest sign of life of this rank; other threads read it."""
+
+    def beat(self, doing: str | None = None) -> None:
+        """Give a sign of life; from any thread. ``doing``: what begins now, outside of the phases."""
+        _, before, begun, number = self.sign
+        self.sign = Sign(self.step, doing or before, begun, number + 1)
+
+    def alive(self, advance: Callable[[object], None]) -> Callable[[object], None]:
+        """``advance``, with a sign of life at every call."""
+
+        def advanced(item: object) -> None:
+            self.beat()
+            advance(item)
+
+        return advanced
 
     def event(self, event: str, **details: object) -> None:
         """Write a line: ``step``, ``event``, ``time`` in seconds since 1970, and the details."""
         self._memory.mark()
+        self.beat()
         if self._file is not None:
             line = {"step": self.step, "event": event, "time": round(time.time(), 6), **details}
             self._file.write(json.dumps(line) + "\n")
@@ -62,6 +91,7 @@ class Phases:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Add the block's wall time to ``phase``, and note how high memory rose. Phases do not nest."""
+        self.sign = self.sign._replace(doing=phase, begun=self.sign.begun + 1)
         self.event("phase_start", phase=phase)
         self._memory.restart()
         start = time.perf_counter()
@@ -72,6 +102,7 @@ class Phases:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
             self._peaks[phase] = max(self._peaks.get(phase, 0), peak)
             self.event("phase_end", phase=phase, seconds=round(seconds, 6), peak_gib=round(peak / GIB, 3))
+            self.beat(f"after {phase}")
 
     def metrics(self) -> dict[str, float]:
         """What was measured since the last call. A collective.

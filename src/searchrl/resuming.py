@@ -100,6 +100,7 @@ class Saver:
         if step <= self.checkpoints.newest:
             return
         phases = self.run.env.phases
+        phases.beat("saving")
         make_room(self.run, self.actor)
         phases.event("checkpoint_begun")
         progress = Progress(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from searchrl.config import EpisodeConfig, SamplingConfig
 from searchrl.distributed import derived_seed
 from searchrl.engine import Engine, GenerationRequest
+from searchrl.preemption import NEVER, StopRequest
 from searchrl.protocol import Answer, Invalid, Protocol, Search
 from searchrl.tools import Tool, ToolError
 from searchrl.trajectory import Example, Finish, Group, Outcome, Provenance, Trajectory, Turn
+
+_POLL_S = 0.1
+"""How often a rollout looks whether its time is over."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -23,6 +28,8 @@ class Rollout:
     tool: Tool
     limits: EpisodeConfig
     seed: int
+    paused_s: Callable[[], float] = lambda: 0.0
+    """Seconds that searches have paused so far: they do not count towards a deadline."""
 
     async def groups(
         self,
@@ -32,6 +39,7 @@ class Rollout:
         sampling: SamplingConfig,
         on_finish: Callable[[Trajectory], None] = lambda _: None,
         is_enough: Callable[[Group], bool] = lambda _: False,
+        stop: StopRequest = NEVER,
     ) -> list[Group]:
         """``group_size`` concurrent episodes for every question.
 
@@ -40,47 +48,93 @@ class Rollout:
             group_size: episodes per question.
             sampling: the distribution sampled from; temperature 0 is greedy.
             on_finish: called with each trajectory as it ends.
-            is_enough: called with each group as its last episode ends; True aborts all groups that still run.
+            is_enough: called with each group as its last episode ends; True drops all groups that still run.
+            stop: a request to stop drops them too.
 
         Returns:
-            The complete groups in the order of their ids. An aborted group is left out as a whole.
-
-        Raises:
-            TimeoutError: episodes were still running after ``episode.deadline_s``.
+            The complete groups in the order of their ids. A dropped group is left out as a whole; episodes
+            that still run at ``episode.deadline_s`` are aborted, and void members of theirs.
         """
         complete: list[Group] = []
         running: list[asyncio.Task[None]] = []
+        episodes: list[asyncio.Task[Trajectory]] = []
+        late = asyncio.Event()
 
         async def one(group_id: int, index: int, example: Example) -> Trajectory:
-            trajectory = await self.episode(example, sampling, key=f"{group_id}/{index}")
+            trajectory = await self.episode(example, sampling, key=f"{group_id}/{index}", late=late)
             on_finish(trajectory)
             return trajectory
 
         async def play(group_id: int, example: Example) -> None:
             async with asyncio.TaskGroup() as tasks:
                 row = [tasks.create_task(one(group_id, i, example)) for i in range(group_size)]
+                episodes.extend(row)
             group = Group(id=group_id, example=example, trajectories=[task.result() for task in row])
             complete.append(group)
             if is_enough(group):
                 for task in running:  # this one too, which is at its end
                     task.cancel()
 
+        clock = asyncio.create_task(self._look_at_the_clock(running, episodes, late, stop))
         try:
-            async with asyncio.timeout(self.limits.deadline_s):
-                async with asyncio.TaskGroup() as tasks:
-                    running += [tasks.create_task(play(*question)) for question in questions]
-        except TimeoutError as error:
-            raise TimeoutError(
-                f"episodes were still running after episode.deadline_s={self.limits.deadline_s:g} seconds; "
-                "raise it, or lower groups_per_step or the token limits"
-            ) from error
+            async with asyncio.TaskGroup() as tasks:
+                running += [tasks.create_task(play(*question)) for question in questions]
+        finally:
+            clock.cancel()
         return sorted(complete, key=lambda group: group.id)
 
-    async def episode(self, example: Example, sampling: SamplingConfig, *, key: str) -> Trajectory:
-        """One episode, PROTOCOL §1. ``key`` names it and, with the run's seed, fixes its sampling."""
+    async def _look_at_the_clock(
+        self,
+        groups: Sequence[asyncio.Task[None]],
+        episodes: Sequence[asyncio.Task[Trajectory]],
+        late: asyncio.Event,
+        stop: StopRequest,
+    ) -> None:
+        """Drop the groups when a stop is asked for; when the time is over, abort the episodes."""
+        begun = time.monotonic() - self.paused_s()
+        while (left := begun + self.limits.deadline_s + self.paused_s() - time.monotonic()) > 0:
+            if stop.asked is not None:
+                for group in groups:
+                    group.cancel()
+                return
+            await asyncio.sleep(min(left, _POLL_S))
+        late.set()
+        for episode in episodes:
+            episode.cancel()
+
+    async def episode(
+        self, example: Example, sampling: SamplingConfig, *, key: str, late: asyncio.Event | None = None
+    ) -> Trajectory:
+        """One episode, PROTOCOL §1.
+
+        Args:
+            example: the question.
+            sampling: the distribution sampled from.
+            key: names the episode and, with the run's seed, fixes its sampling.
+            late: cancelled while this is set, the episode ends aborted, with the turns it has.
+        """
         prompt_ids = self.protocol.prompt(example)
-        stream = list(prompt_ids)  # what the engine is given: always prompt + everything recorded so far
         turns: list[Turn] = []
+        try:
+            return await self._play(prompt_ids, turns, example, sampling, key)
+        except asyncio.CancelledError:
+            if late is None or not late.is_set():
+                raise
+            error = f"the episode was still running after episode.deadline_s={self.limits.deadline_s:g} s"
+            return Trajectory(
+                prompt_ids=prompt_ids, turns=turns, outcome=Outcome.ABORTED, answer=None, error=error
+            )
+
+    async def _play(
+        self,
+        prompt_ids: list[int],
+        turns: list[Turn],
+        example: Example,
+        sampling: SamplingConfig,
+        key: str,
+    ) -> Trajectory:
+        """The episode itself; ``turns``, empty at first, holds what there is of it at any time."""
+        stream = list(prompt_ids)  # what the engine is given: always prompt + everything recorded so far
         invalid_in_a_row = 0
 
         def end(outcome: Outcome, answer: str | None = None, error: str | None = None) -> Trajectory:

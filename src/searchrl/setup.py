@@ -19,6 +19,7 @@ from searchrl.distributed import World, init_world
 from searchrl.engine import Engine
 from searchrl.models import resolve_model
 from searchrl.phases import Events, Phases, no_events
+from searchrl.preemption import StopRequest
 from searchrl.protocol import Protocol, load_tokenizer
 from searchrl.retrieval.lookup import read_passages
 from searchrl.retrieval.meter import RetrievalMeter
@@ -41,6 +42,8 @@ class Environment:
     """One event loop for the whole run: engine and search connections live in it."""
     phases: Phases
     """Time and memory of each phase, and the log of what moves."""
+    stop: StopRequest
+    """Whether this rank was asked to stop. Training listens; everything else just ends."""
     run_dir: Path
     tokenizer: Any
     protocol: Protocol
@@ -70,7 +73,7 @@ class Run:
 @contextmanager
 def open_environment(cfg: Config, *, training: bool = True) -> Iterator[Environment]:
     """Questions, tokenizer and retriever; stops what it started, whatever happens."""
-    world = init_world(cfg.device, engine_size=cfg.engine.tensor_parallel)
+    world = init_world(cfg.device, engine_size=cfg.engine.tensor_parallel, timeout_s=2 * cfg.stall_timeout_s)
     console = Console(enabled=world.is_main)
     train_examples, eval_examples = load_questions(cfg, training=training)
     init_communication(world)
@@ -92,6 +95,7 @@ def open_environment(cfg: Config, *, training: bool = True) -> Iterator[Environm
             console=console,
             runner=runner,
             phases=phases,
+            stop=StopRequest(),
             run_dir=Path(cfg.run_dir),
             tokenizer=tokenizer,
             protocol=protocol,
@@ -171,7 +175,14 @@ def load_policy(env: Environment, model: Path | str) -> Run:
     cfg = env.cfg
     env.console.say(f"engine: loading {model}")
     engine = load_engine(cfg, model, env.world, events=env.phases.event)
-    rollout = Rollout(engine=engine, protocol=env.protocol, tool=env.tool, limits=cfg.episode, seed=cfg.seed)
+    rollout = Rollout(
+        engine=engine,
+        protocol=env.protocol,
+        tool=env.tool,
+        limits=cfg.episode,
+        seed=cfg.seed,
+        paused_s=env.searches.paused_s,
+    )
     return Run(env=env, model=model, engine=engine, rollout=rollout)
 
 

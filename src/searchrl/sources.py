@@ -20,6 +20,7 @@ from searchrl.retrieval.client import HttpRetriever
 from searchrl.retrieval.embedded import EmbeddedServer
 from searchrl.retrieval.meter import MeteredRetriever, RetrievalMeter
 from searchrl.retrieval.none import NoRetriever
+from searchrl.retrieval.outage import PatientRetriever
 from searchrl.retrieval.types import RetrievalError, Retriever
 from searchrl.retrieval.wire import TOKEN_VARIABLE
 
@@ -62,9 +63,12 @@ def open_retriever(
             cached = CachedRetriever(source, cache, meter)
             stack.callback(lambda: runner.run(cached.aclose()))
             retriever = cached
+        patient = PatientRetriever(
+            retriever, patience_s=cfg.retrieval.patience_s, meter=meter, say=console.say
+        )
         # Servers move; that is no reason not to continue a run.
         shown = "servers that do not name their index" if identity.startswith(_UNNAMED) else identity
-        yield Source(retriever=MeteredRetriever(retriever, meter), identity=shown)
+        yield Source(retriever=MeteredRetriever(patient, meter), identity=shown)
 
 
 @contextmanager

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from searchrl.actor import Actor
 from searchrl.collect import Collected, collect
 from searchrl.config import Config, Device, KlPlacement
-from searchrl.data.readers import first_of_each_source
 from searchrl.data.sampler import Sampler
 from searchrl.distributed import broadcast_object, gather_objects, reduce_values, side_group
 from searchrl.environment import matmul_gflops
-from searchrl.evaluation.comparison import (
-    COMPARISON_COLUMNS,
-    TABLE_COLUMNS,
-    comparison_rows,
-    eval_metrics,
-    table_rows,
-)
-from searchrl.evaluation.results import AnswerLog, Result, load_results, save_results
-from searchrl.evaluation.rollouts import evaluate
+from searchrl.evaluation.comparison import eval_metrics
+from searchrl.evaluation.results import Result
+from searchrl.evaluation.training import evaluate_before, evaluate_policy, report
 from searchrl.failures import check_failures
+from searchrl.heartbeat import Heartbeat
 from searchrl.metrics import MetricLog, Tally, read_records
 from searchrl.out_of_memory import TokenBudget
 from searchrl.overlap import Rollouts
-from searchrl.plan import MEMORY_COLUMNS, memory_rows
 from searchrl.policy import ReferencePolicy
+from searchrl.preemption import saved_before_stop
 from searchrl.records import policy_lag, rollout_tally, write_trajectories
 from searchrl.reference import Reference
 from searchrl.resuming import Saver, begin_step, make_room, open_log, resume
@@ -41,7 +35,7 @@ from searchrl.samples import to_samples, unscored_samples
 from searchrl.setup import Run, make_actor, open_training
 from searchrl.trajectory import Example, Group, Sample
 from searchrl.update import apply_update, prepare_update, reward_penalties
-from searchrl.watch import CollapseError, Watch
+from searchrl.watch import Alarm, CollapseError, Watch
 from searchrl.weight_sync import WeightSync
 
 if TYPE_CHECKING:
@@ -55,7 +49,12 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
         cfg: a validated configuration.
         resolved: the same as plain containers, for the logs.
     """
-    with open_training(cfg) as (run, checkpoints, saved), _rollouts(run) as rollouts:
+    with (
+        open_training(cfg) as (run, checkpoints, saved),
+        run.env.stop,
+        _heartbeat(run),
+        _rollouts(run) as rollouts,
+    ):
         env, phases = run.env, run.env.phases
         actor = make_actor(run)
         reference = _reference(run, actor)
@@ -69,14 +68,16 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
         actor.offload()
         first = sync(env.runner, version=start)
         env.console.say(f"sync: engine and trainer agree to {first.probe_max_abs_diff:.2g} nats")
-        before = _evaluate_before(run, start)
+        safely = partial(saved_before_stop, save=saver.save, say=env.console.say)
+        before = evaluate_before(run, start)
 
         for step in range(start, cfg.steps):
-            if watch.must_stop():
-                raise _stopped(watch, checkpoints.path(step))
-            begin_step(run, step)
-            with phases("rollout"):
-                played = _take(run, rollouts, step)
+            with safely(step):
+                if watch.must_stop():
+                    raise _stopped(watch, checkpoints.path(step))
+                begin_step(run, step)
+                with phases("rollout"):
+                    played = rollouts.take(step)
             rollouts.start_early(step + 1)
             with phases("swap"):
                 make_room(run, actor)
@@ -94,14 +95,11 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
             metrics = _step_metrics(run, played, samples, step) | penalized | updated | synced.metrics()
             alarms = watch.observe(broadcast_object(metrics))
             metrics |= watch.metrics()
+            _tell(run, log, step + 1, metrics, alarms)
             if cfg.eval.every and (step + 1) % cfg.eval.every == 0 and step + 1 < cfg.steps:
-                metrics |= eval_metrics(_evaluate(run, step + 1, cfg.eval.interim_questions))
-            if log is not None:
-                log.write(step + 1, metrics)
-            env.console.step(step + 1, cfg.steps, metrics)
-            for alarm in alarms:
-                env.console.say(f"watch: {alarm}")
-            if watch.must_stop() or cfg.saving.is_due(step + 1):
+                with safely(step + 1):
+                    metrics |= _evaluate_between(run, step + 1, log)
+            if cfg.saving.is_due(step + 1):
                 saver.save(step + 1, metrics)
 
         saver.save(cfg.steps)
@@ -120,7 +118,7 @@ class Played:
 
 def _rollouts(run: Run) -> Rollouts[Played]:
     """What plays the rollouts of the run's steps."""
-    sampler, group = _sampler(run), side_group(run.env.world.size)
+    sampler, group = _sampler(run), side_group(run.env.world.size, run.env.world.timeout_s)
     return Rollouts(
         lambda step: _rollout(run, sampler, step, group),
         cfg=run.env.cfg,
@@ -129,8 +127,15 @@ def _rollouts(run: Run) -> Rollouts[Played]:
     )
 
 
+def _heartbeat(run: Run) -> Heartbeat:
+    env = run.env
+    return Heartbeat(
+        env.phases, env.stop, world=env.world, timeout_s=env.cfg.stall_timeout_s, run_dir=env.run_dir
+    )
+
+
 def _rollout(run: Run, sampler: Sampler, step: int, group: ProcessGroup | None) -> Played:
-    """This rank's groups of the step, scored. Runs in a thread of its own."""
+    """This rank's groups of the step, scored and written down. Runs in a thread of its own."""
     cfg, world, env = run.env.cfg, run.env.world, run.env
     begin = time.perf_counter()
     env.searches.take()  # those of evaluations and of the warm start are not this step's
@@ -142,8 +147,9 @@ def _rollout(run: Run, sampler: Sampler, step: int, group: ProcessGroup | None) 
                 questions,
                 group_size=cfg.group_size,
                 sampling=cfg.sampling,
-                on_finish=advance,
+                on_finish=env.phases.alive(advance),
                 is_enough=is_enough,
+                stop=env.stop,
             )
             return run.engine.run(env.runner, episodes)
 
@@ -154,23 +160,19 @@ def _rollout(run: Run, sampler: Sampler, step: int, group: ProcessGroup | None) 
             groups_per_step=cfg.groups_per_step,
             resampling=cfg.resampling,
             group=group,
+            stop=env.stop,
         )
-    return Played(collected=collected, searches=env.searches.take(), seconds=time.perf_counter() - begin)
-
-
-def _take(run: Run, rollouts: Rollouts[Played], step: int) -> Played:
-    """The step's rollout, written down, unless too much of it is void."""
-    played = rollouts.take(step)
-    scored = played.collected.scored
-    name = f"step-{step + 1:06d}.rank{run.env.world.rank}.jsonl"
-    write_trajectories(run.env.run_dir / "trajectories" / name, scored)
-    members = [(item, index) for item in scored for index in range(len(item.rewards))]
+    name = f"step-{step + 1:06d}.rank{world.rank}.jsonl"
+    write_trajectories(env.run_dir / "trajectories" / name, collected.scored)
+    members = [(item, index) for item in collected.scored for index in range(len(item.rewards))]
     check_failures(
         [str(item.error(index)) for item, index in members if item.rewards[index] is None],
         len(members),
-        max_failed_fraction=run.env.cfg.retrieval.max_failed_fraction,
+        max_failed_fraction=cfg.retrieval.max_failed_fraction,
+        stop=env.stop,
+        group=group,
     )
-    return played
+    return Played(collected=collected, searches=env.searches.take(), seconds=time.perf_counter() - begin)
 
 
 def _samples(
@@ -206,6 +208,16 @@ def _step_metrics(run: Run, played: Played, samples: Sequence[Sample], step: int
     )[0]
     metrics |= merge_stats(gather_objects(played.searches)).metrics()
     return metrics | run.env.phases.metrics() | _machine_metrics(run.env.cfg)
+
+
+def _tell(
+    run: Run, log: MetricLog | None, step: int, metrics: dict[str, float], alarms: Sequence[Alarm]
+) -> None:
+    if log is not None:
+        log.write(step, metrics)
+    run.env.console.step(step, run.env.cfg.steps, metrics)
+    for alarm in alarms:
+        run.env.console.say(f"watch: {alarm}")
 
 
 def _stopped(watch: Watch, checkpoint: Path) -> CollapseError:
@@ -262,38 +274,11 @@ def _weight_sync(run: Run, actor: Actor) -> WeightSync:
     )
 
 
-def _evaluate(run: Run, step: int, questions: int) -> list[Result]:
-    env = run.env
-    examples = first_of_each_source(env.eval_examples, questions)
-    log = AnswerLog(env.run_dir / "trajectories" / f"eval-{step:06d}.rank{env.world.rank}.jsonl")
-    progress = env.console.progress(f"evaluation after step {step}", len(examples[:: env.world.engines]))
-    with log, progress as advance:
-        answered = evaluate(
-            run.rollout,
-            env.runner,
-            list(enumerate(examples)),
-            eos_text=env.protocol.eos_text,
-            world=env.world,
-            max_num_seqs=env.cfg.engine.max_num_seqs,
-            max_failed_fraction=env.cfg.retrieval.max_failed_fraction,
-            keep=log.write,
-            on_finish=advance,
-        )
-    results = [result for example in examples for result in answered[example.id]]
-    if env.world.is_main:
-        save_results(env.run_dir / "eval" / f"step-{step:06d}.json", results)
-    env.console.table(f"after step {step}", TABLE_COLUMNS, table_rows(results))
-    return results
-
-
-def _evaluate_before(run: Run, start: int) -> list[Result] | None:
-    """The initial policy's results: measured now or, in a resumed run, read back, if asked the same."""
-    saved, asked = run.env.run_dir / "eval" / "step-000000.json", run.env.cfg.eval.questions
-    if start == 0:
-        return _evaluate(run, 0, asked) if run.env.cfg.eval.before else None
-    results = load_results(saved) if saved.exists() else []
-    now = [example.id for example in first_of_each_source(run.env.eval_examples, asked)]
-    return results if [result.id for result in results] == now else None
+def _evaluate_between(run: Run, step: int, log: MetricLog | None) -> dict[str, float]:
+    metrics = eval_metrics(evaluate_policy(run, step, run.env.cfg.eval.interim_questions))
+    if log is not None:
+        log.write(step, metrics)
+    return metrics
 
 
 def _finish(run: Run, actor: Actor, before: list[Result] | None, log: MetricLog | None) -> Path:
@@ -304,26 +289,9 @@ def _finish(run: Run, actor: Actor, before: list[Result] | None, log: MetricLog 
     if env.world.is_main:  # whole or not at all: a killed run may be resumed, a model be read meanwhile
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-    after = _evaluate(run, env.cfg.steps, env.cfg.eval.questions)
+    after = evaluate_policy(run, env.cfg.steps, env.cfg.eval.questions)
     if log is not None:
         log.write(env.cfg.steps, eval_metrics(after))
         log.close()
-    _report(run, before, after, final)
+    report(run, before, after, final)
     return final
-
-
-def _report(run: Run, before: list[Result] | None, after: list[Result], final: Path) -> None:
-    if before is not None:
-        title = "held-out questions, before and after reinforcement learning"
-        run.env.console.table(title, COMPARISON_COLUMNS, comparison_rows(before, after))
-        if run.env.world.is_main:
-            rows = [dict(zip(COMPARISON_COLUMNS, row, strict=True)) for row in comparison_rows(before, after)]
-            (run.env.run_dir / "comparison.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
-    memory = memory_rows(
-        run.env.cfg, read_records(run.env.run_dir, run.env.cfg.steps), world_size=run.env.world.size
-    )
-    if memory:
-        title = "memory of a rank at its peak, GiB, without what libraries take"
-        run.env.console.table(title, MEMORY_COLUMNS, memory)
-    run.env.console.say(f"model: {final}\nmetrics: {run.env.run_dir / 'metrics.jsonl'}")
-    run.env.console.say(f"trajectories: {run.env.run_dir / 'trajectories'}")

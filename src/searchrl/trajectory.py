@@ -58,6 +58,7 @@ class Outcome(StrEnum):
     TOOL_FAILED = "tool_failed"
     """A search failed for infrastructure reasons."""
     ABORTED = "aborted"
+    """It still ran at ``episode.deadline_s``."""
 
     @property
     def is_void(self) -> bool:

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 
 from searchrl.config import WatchAction, WatchConfig
-from searchrl.errors import SearchrlError
+from searchrl.errors import CleanStop
 
 
-class CollapseError(SearchrlError, RuntimeError):
+class CollapseError(CleanStop):
     """A bound is crossed, and ``watch.action=stop``."""
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
-from integration.launch import python, run
+from integration.launch import python, read_until, run, started
 from searchrl.launcher import visible_gpus
 
 pytestmark = [pytest.mark.gpu, pytest.mark.integration]
@@ -50,3 +51,19 @@ def test_every_gpu_gets_a_rank(folder: Path) -> None:
     assert ended.returncode == 0, ended.stdout
     ranks = folder.glob("runs/smoke/trajectories/step-000001.rank*.jsonl")
     assert len(list(ranks)) == gpus
+
+
+def test_a_preempted_run_saves_while_its_engine_is_awake_and_goes_on(folder: Path) -> None:
+    """During a rollout the optimizer is on the host: the engine has to make room for the checkpoint."""
+    settings = ["+experiment=smoke", "name=preempted", "device=cuda", f"groups_per_step={4 * visible_gpus()}"]
+    command = python("searchrl.cli", ["train", *settings, "steps=50"])
+    with started(command, cwd=folder, timeout_s=900) as process:
+        printed = read_until(process, "step 1/50")
+        process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate()
+    assert process.returncode == 75, printed + rest
+    (saved,) = re.findall(r"saved after step (\d+)", rest)
+    resume = [f"steps={int(saved) + 1}", "resume=true"]
+    ended = run(python("searchrl.cli", ["train", *settings, *resume]), cwd=folder, timeout_s=900)
+    assert ended.returncode == 0, ended.stdout
+    assert f"continuing after step {saved}" in ended.stdout

@@ -148,6 +148,15 @@ def child(pid: int, module: str) -> int:
     raise AssertionError(f"process {pid} has no child that runs {module}")
 
 
+def rank(pid: int, number: int) -> int:
+    """The process id of the rank ``number`` that the launcher ``pid`` has started."""
+    for entry in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        variables = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
+        if f"RANK={number}".encode() in variables:
+            return int(entry)
+    raise AssertionError(f"process {pid} has no rank {number}")
+
+
 def gone(pid: int, seconds: float) -> bool:
     """True if the process has ended, or does so in time; a zombie has."""
     deadline = time.monotonic() + seconds

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -24,7 +25,17 @@ from typing import Any
 import pytest
 
 from example import ROOT, custom_overrides
-from integration.launch import child, gone, python, read_until, run, served_port, started, wait_for_event
+from integration.launch import (
+    child,
+    gone,
+    python,
+    rank,
+    read_until,
+    run,
+    served_port,
+    started,
+    wait_for_event,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -161,8 +172,8 @@ def resumed(bench: Bench) -> Ended:
 
 
 def fewer_ranks(bench: Bench) -> tuple[Ended, Ended]:
-    """Two steps on two ranks, two more on one."""
-    first = bench.run("two", "steps=2", "saving={every: 0}", "processes=2")
+    """Two ranks until they are asked to stop, then one to the fourth step."""
+    first = two_ranks(bench)
     shutil.copytree(bench.at("two"), bench.at("fewer"))
     return first, bench.run("fewer", "steps=4", "saving={every: 0}", "resume=true")
 
@@ -177,7 +188,28 @@ def signalled(bench: Bench, name: str, at: str, sent: signal.Signals, *overrides
     return Ended(process.returncode, printed + rest, seconds=time.monotonic() - start)
 
 
-IMPATIENT = ("retrieval.timeout_s=1", "retrieval.deadline_s=2")
+IMPATIENT = ("retrieval.timeout_s=1", "retrieval.deadline_s=2", "retrieval.patience_s=1")
+
+
+def preempted(bench: Bench) -> tuple[Ended, Ended]:
+    """Asked to stop after the second step; then continued to the fourth."""
+    with started(bench.command("preempted", "steps=50"), cwd=bench.folder, timeout_s=300) as process:
+        printed = read_until(process, "step 2/50")
+        server = child(process.pid, SERVER)
+        process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate()
+    stopped = Ended(process.returncode, printed + rest, server_gone=gone(server, 10))
+    return stopped, bench.run("preempted", "steps=4", "resume=true")
+
+
+def two_ranks(bench: Bench) -> Ended:
+    """After the second step the second rank alone is asked to stop."""
+    with started(bench.command("two", "steps=50", "processes=2"), cwd=bench.folder, timeout_s=300) as process:
+        printed = read_until(process, "step 2/50")
+        ranks = [rank(process.pid, number) for number in (0, 1)]
+        os.kill(ranks[1], signal.SIGUSR1)
+        rest, _ = process.communicate()
+    return Ended(process.returncode, printed + rest, server_gone=all(gone(pid, 1) for pid in ranks))
 
 
 def continued(bench: Bench) -> Ended:
@@ -242,6 +274,7 @@ def later(bench: Bench, finished: Ended) -> Iterator[dict[str, Future[Any]]]:
         "stopped": lambda: signalled(bench, "stopped", "step 1/50", signal.SIGSTOP, "steps=50", *IMPATIENT),
         "swapped": lambda: other_index(bench),
         "watched": lambda: watched(bench),
+        "preempted": lambda: preempted(bench),
         "two ranks": lambda: fewer_ranks(bench),
         "custom": lambda: bench.run("custom", *custom_overrides()[2:], *EVERYTHING, ranks=2),
         "doctor": lambda: bench.run("doctor", mode="doctor"),
@@ -526,6 +559,8 @@ def test_too_many_failed_searches_stop_the_run_and_say_why(later: dict[str, Futu
     ended = later["stopped"].result()
     assert ended.code == 1, ended.printed
     assert ended.seconds < 60
+    for line in ("retriever: no search works, waiting", "retriever: given up after", "saved after step"):
+        assert line in ended.printed
     message = ended.printed[ended.printed.rindex("trajectories are void") :]
     assert "retrieval.max_failed_fraction=0.1" in message
     assert "what failed: timeout: " in message
@@ -567,12 +602,37 @@ def test_a_watch_stops_the_run_after_a_checkpoint_from_which_it_goes_on(
     assert "watch: mismatch" not in continued.printed  # it has been said
 
 
-def test_two_ranks_do_what_one_does(bench: Bench, later: dict[str, Future[tuple[Ended, Ended]]]) -> None:
+def test_a_preempted_run_saves_and_goes_on_as_if_nothing_had_been(
+    bench: Bench, later: dict[str, Future[tuple[Ended, Ended]]]
+) -> None:
+    stopped, continued = later["preempted"].result()
+    assert stopped.code == 75, stopped.printed
+    for line in (
+        "searchrl: SIGTERM: stopping; Ctrl-C leaves at once",
+        "searchrl: stopped by SIGTERM; resume=true continues",
+    ):
+        assert stopped.printed.count(line) == 1
+    assert "Traceback" not in stopped.printed
+    assert stopped.server_gone
+    assert continued.code == 0, continued.printed
+    saved = re.findall(r"saved after step (\d); resume=true continues", stopped.printed)
+    assert saved == re.findall(r"resume: continuing after step (\d)", continued.printed)
+    same(bench.steps("preempted"), bench.steps("finished"), tolerance=0.0)
+
+
+def test_two_ranks_do_what_one_does_and_stop_together(
+    bench: Bench, later: dict[str, Future[tuple[Ended, Ended]]]
+) -> None:
     ended, _ = later["two ranks"].result()
-    assert ended.code == 0, ended.printed
+    assert ended.code == 75, ended.printed
+    assert ended.server_gone  # and the ranks
     assert "Warning" not in ended.printed
-    assert ended.printed.count("step 1/2  reward") == 1  # only one rank prints
-    same(bench.steps("two"), bench.steps("finished")[:2], tolerance=1e-4)
+    assert "Traceback" not in ended.printed
+    assert ended.printed.count("step 1/50  reward") == 1  # only one rank prints
+    assert ended.printed.count("searchrl: stopped by SIGUSR1; resume=true continues") == 1
+    checkpoint = max((bench.at("two") / "checkpoints").iterdir())
+    assert checkpoint.name == f"step-{len(bench.steps('two')):06d}"
+    same(bench.steps("two")[:2], bench.steps("finished")[:2], tolerance=1e-4)
     halves = [bench.trajectories("two", f"step-000001.rank{rank}.jsonl") for rank in (0, 1)]
     whole = bench.trajectories("finished", "step-000001.rank0.jsonl")
     assert [streams(record) for half in halves for record in half] == [streams(record) for record in whole]
@@ -581,10 +641,11 @@ def test_two_ranks_do_what_one_does(bench: Bench, later: dict[str, Future[tuple[
 def test_one_rank_goes_on_where_two_were(bench: Bench, later: dict[str, Future[tuple[Ended, Ended]]]) -> None:
     _, ended = later["two ranks"].result()
     assert ended.code == 0, ended.printed
-    folder = "runs/fewer/checkpoints/step-000002"
-    assert f"resume: continuing after step 2 from {folder}, which 2 ranks saved" in ended.printed
+    done = len(bench.steps("two"))
+    folder = f"runs/fewer/checkpoints/step-{done:06d}"
+    assert f"resume: continuing after step {done} from {folder}, which 2 ranks saved" in ended.printed
     same(bench.steps("fewer"), bench.steps("finished"), tolerance=1e-3)
-    for step in (3, 4):
+    for step in range(done + 1, 5):
         ours, theirs = (
             bench.trajectories(name, f"step-{step:06d}.rank0.jsonl") for name in ("fewer", "finished")
         )
@@ -592,7 +653,8 @@ def test_one_rank_goes_on_where_two_were(bench: Bench, later: dict[str, Future[t
     names = {path.name for path in (bench.at("fewer") / "trajectories").glob("step-*")}
     assert names == {
         f"step-00000{step}.rank{rank}.jsonl"
-        for step, rank in [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (4, 0)]
+        for step in range(1, 5)
+        for rank in (range(2) if step <= done else range(1))
     }
 
 

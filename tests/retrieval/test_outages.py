@@ -37,6 +37,8 @@ class Server:
         self.health = 404
         self.headers: dict[str, str] = {}
         self.health_body: object = None
+        self.page: str | None = None
+        """In place of every answer to a search."""
         self.posts: list[float] = []
         self.queries = 0
         self.open = self.most_open = 0
@@ -93,6 +95,8 @@ class Server:
         await asyncio.sleep(self.seconds)
         if self.status != 200:
             return self._render(self.status, {"error": "as chosen"})
+        if self.page is not None:
+            return self._render(200, self.page)
         record = json.loads(body)
         self.queries += len(record["queries"])
         result = [
@@ -383,6 +387,23 @@ def test_a_server_that_returns_with_another_index_is_refused() -> None:
             retriever = HttpRetriever([server.url], expected_index="one")
             assert kinds(await ask(retriever, ["q"])) == {"wrong_index": 1}
             server.headers = {"X-Searchrl-Index": "one"}
+            assert_right(await ask(retriever, ["q"]), ["q"])
+            await retriever.aclose()
+
+    run(scenario())
+
+
+def test_a_page_in_place_of_an_answer_is_no_other_index() -> None:
+    """A balancer's, say, while the server behind it restarts. It passes, which another index does not."""
+
+    async def scenario() -> None:
+        async with servers(1) as (server,):
+            server.headers = {"X-Searchrl-Index": "one"}
+            retriever = HttpRetriever([server.url], expected_index="one")
+            assert_right(await ask(retriever, ["q"]), ["q"])
+            server.headers, server.page = {}, "<html>Down for maintenance</html>"
+            assert kinds(await ask(retriever, ["q"])) == {"bad_response": 1}
+            server.headers, server.page = {"X-Searchrl-Index": "one"}, None
             assert_right(await ask(retriever, ["q"]), ["q"])
             await retriever.aclose()
 

@@ -18,7 +18,7 @@ MAY_DIFFER = frozenset(
         # Names and places; how long, and how a run is continued.
         *("name", "run_dir", "assets", "steps", "resume", "resume_changes"),
         # The machine.
-        *("device", "processes", "device_memory_gib"),
+        *("device", "processes", "device_memory_gib", "stall_timeout_s"),
         *("model.gradient_checkpointing", "model.attention"),
         *("engine", "deepspeed", "batching"),
         # Checks, sinks and files.
@@ -30,7 +30,7 @@ MAY_DIFFER = frozenset(
         *("retrieval.cache", "retrieval.urls"),
         # How searches and verdicts travel, and how patient a run is.
         *("retrieval.devices", "retrieval.timeout_s", "retrieval.deadline_s", "retrieval.max_concurrency"),
-        *("retrieval.max_failed_fraction", "episode.deadline_s"),
+        *("retrieval.max_failed_fraction", "retrieval.patience_s", "episode.deadline_s"),
         *("reward.judge.url", "reward.judge.timeout_s", "reward.judge.max_concurrency", "reward.judge.cache"),
     }
 )

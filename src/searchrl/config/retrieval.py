@@ -79,6 +79,9 @@ class RetrievalConfig:
     """Seconds for one request; several are tried before a search counts as failed."""
     deadline_s: float = 120.0
     """Seconds for a search in all, retries and waiting for a restarted server included."""
+    patience_s: float = 600.0
+    """Seconds that a run pauses while no search works, beyond ``deadline_s``, before searches fail; 0: none.
+    As long as a server needs to come back, loading its index included."""
     max_concurrency: int = 256
     """Searches of one rank that are under way at once; more wait."""
     cache: str = ""
@@ -88,4 +91,4 @@ class RetrievalConfig:
     shuffle_documents: bool = False
     """embedded: return real but unrelated passages (an ablation)."""
     max_failed_fraction: float = 0.1
-    """A step in which more trajectories than this are void stops the run."""
+    """A step in which more trajectories than this are void stops the run, after a checkpoint."""

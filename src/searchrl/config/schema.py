@@ -29,6 +29,8 @@ Question: {question}"""
 class ConfigError(SearchrlError, ValueError):
     """A configuration that cannot run. The message names the value and the remedy, one line a problem."""
 
+    exit_code = 2
+
 
 # Members are lower-case because OmegaConf matches YAML against member names.
 class Device(StrEnum):
@@ -154,7 +156,8 @@ class EpisodeConfig:
     top_k: int = 3
     """Documents per search."""
     deadline_s: float = 600.0
-    """Seconds after which a whole rollout is given up with an error."""
+    """Seconds for an episode; all of a rollout begin together. One that still runs then is aborted: void, and
+    never trained on. Pauses of ``retrieval.patience_s`` do not count."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -332,6 +335,9 @@ class Config:
     resume_changes: tuple[str, ...] = ()
     """Keys that a resumed run changes on purpose, say [optimizer.lr]. Without it a checkpoint that was made
     with another value of anything that decides what is learnt is refused."""
+    stall_timeout_s: float = 1800.0
+    """Seconds without a sign of life from any rank (a phase, an episode) until the run ends and tells
+    what each did last. Raise it where one phase, say the update of a large model, takes longer."""
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

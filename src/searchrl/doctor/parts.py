@@ -119,7 +119,7 @@ def retriever(cfg: Config) -> Iterator[Finding]:
         return
     world = World(rank=0, size=1, local_rank=0, device=str(cfg.device))
     with tempfile.TemporaryDirectory() as folder, asyncio.Runner() as runner:
-        cfg.run_dir, retrieval.cache = folder, ""
+        cfg.run_dir, retrieval.cache, retrieval.patience_s = folder, "", 0.0
         meter = RetrievalMeter()
         with open_retriever(cfg, world, Console(enabled=False), runner, meter) as source:
             start = time.perf_counter()

@@ -68,8 +68,7 @@ class Engine:
         """
         self._team = Team(world)
         self._sleeps = config.sleep and world.device != "cpu"  # vLLM's CPU build cannot
-        if world.device == "cpu":
-            _name_shared_memory()
+        shared = _name_shared_memory() if world.device == "cpu" else []
         self._llm = _load(
             model=str(model),
             dtype=str(dtype),
@@ -85,6 +84,8 @@ class Engine:
             enable_sleep_mode=self._sleeps,
             seed=seed,
         )
+        for path in shared:  # all ranks have it by now, and keep it: so nothing is left of a killed run
+            path.unlink(missing_ok=True)
         seed_everything(seed)
         self._engine = self._llm.llm_engine
         self._thread = ThreadPoolExecutor(1, "engine", initializer=_enter_device, initargs=(world,))
@@ -306,19 +307,27 @@ def _enter_device(world: World) -> None:
         torch.cuda.set_device(world.local_rank)
 
 
-def _name_shared_memory() -> None:
+def _name_shared_memory() -> list[Path]:
     """Let the CPU ranks of an engine meet in shared memory that has a name of this run's own.
 
     vLLM names it by the ranks alone: two runs on a machine would meet there, and what a killed run left
     behind would keep the next from starting.
+
+    Returns:
+        A list that will hold the files of this rank.
     """
     from vllm.distributed.device_communicators import cpu_communicator
 
+    made: list[Path] = []
+
     def name(communicator: Any) -> str:
         ranks = "-".join(map(str, communicator.ranks))
-        return f"searchrl-{os.environ['MASTER_PORT']}-{communicator.unique_name}-{ranks}"
+        group = f"searchrl-{os.environ['MASTER_PORT']}-{communicator.unique_name}-{ranks}"
+        made.append(Path("/dev/shm") / f"{group}_{communicator.rank}")
+        return group
 
     cpu_communicator._CPUSHMDistributed.make_group_name = staticmethod(name)
+    return made
 
 
 def _refresh_tied_head(model: Any) -> None:

@@ -34,7 +34,7 @@ class Team:
         """True on the first rank."""
         self.finished: list[tuple[str, list[int]]] = []
         """Requests that this rank's last step finished, with the tokens that it sampled."""
-        self._group = side_group(world.engine_size)
+        self._group = side_group(world.engine_size, world.timeout_s)
 
     @property
     def is_alone(self) -> bool:

@@ -10,6 +10,7 @@ from searchrl.config import SamplingConfig
 from searchrl.distributed import World, gather_objects
 from searchrl.evaluation.results import Result, score_result
 from searchrl.failures import check_failures
+from searchrl.preemption import NEVER, StopRequest
 from searchrl.rollout import Rollout
 from searchrl.trajectory import Example, Group, Trajectory
 
@@ -38,6 +39,7 @@ def evaluate(
     finished: int = 0,
     keep: Callable[[Group, Sequence[Result]], None] = lambda *_: None,
     on_finish: Callable[[Trajectory], None] = lambda _: None,
+    stop: StopRequest = NEVER,
 ) -> dict[str, list[Result]]:
     """Answer every question; the engines share the work. A collective.
 
@@ -54,16 +56,14 @@ def evaluate(
         finished: answers that were there before, none of them void.
         keep: called with each question of this rank as soon as it is finished.
         on_finish: called with each trajectory of this rank as it ends.
+        stop: whether this rank was asked to stop.
 
-    Returns:
-        Results by question id, on every rank.
-
-    Raises:
-        TooManyFailures: too many searches failed.
+    Returns the results by question id, on every rank. Raises `CleanStop`: too many searches failed, or a rank
+    was asked to stop.
     """
     mine = questions[world.engine_index :: world.engines]
     chunk = chunk_questions(max_num_seqs, samples)
-    play = partial(rollout.groups, group_size=samples, sampling=sampling)
+    play = partial(rollout.groups, group_size=samples, sampling=sampling, stop=stop)
     results: dict[str, list[Result]] = {}
 
     def finish(group: Group) -> bool:
@@ -81,5 +81,6 @@ def evaluate(
             [str(result.error) for result in answers if result.outcome.is_void],
             len(questions) * samples + finished if world.is_main else 0,
             max_failed_fraction=max_failed_fraction,
+            stop=stop,
         )
     return {id_: scored for part in gather_objects(results) for id_, scored in part.items()}

@@ -267,8 +267,9 @@ class HttpRetriever:
                 raise
             message = f"{error}; set {TOKEN_VARIABLE} to the token that the server was given"
             raise RetrievalError(message, kind=error.kind) from error
-        self._index.check_answer(response.headers, url)
+        # First the format: what is no answer at all names no index either, and may be gone soon.
         results = parse_answer(response.content, num_queries=len(waiting), top_k=top_k)
+        self._index.check_answer(response.headers, url)
         for waiter, documents in zip(waiting, results, strict=True):
             if not waiter.future.done():
                 waiter.future.set_result(documents)

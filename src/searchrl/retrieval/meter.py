@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from searchrl.retrieval.types import RetrievalError, Retriever, SearchStatus
 from searchrl.trajectory import Document
@@ -21,6 +22,23 @@ class RetrievalMeter:
         self.counts: Counter[str] = Counter()
         self._statuses: Counter[SearchStatus] = Counter()
         self._seconds: list[float] = []
+        self._paused_s = 0.0
+        self._taken_s = 0.0
+        self._pause_began: float | None = None
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """All searches wait while the block runs; pauses do not nest."""
+        self._pause_began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused_s, self._pause_began = self.paused_s(), None
+
+    def paused_s(self) -> float:
+        """Seconds that searches have paused so far, all intervals together."""
+        running = 0.0 if self._pause_began is None else time.monotonic() - self._pause_began
+        return self._paused_s + running
 
     def searched(self, status: SearchStatus, seconds: float) -> None:
         """Count one search of an episode, waiting and retries included."""
@@ -30,18 +48,32 @@ class RetrievalMeter:
 
     def take(self) -> RetrievalStats:
         """Return what happened since the last call, and start anew."""
-        stats = RetrievalStats(self._statuses, self.counts, sorted(self._seconds))
-        self.counts, self._statuses, self._seconds = Counter(), Counter(), []
+        paused_s = self.paused_s()
+        stats = RetrievalStats(
+            self._statuses, self.counts, sorted(self._seconds), paused_s=paused_s - self._taken_s
+        )
+        self.counts, self._statuses, self._seconds, self._taken_s = Counter(), Counter(), [], paused_s
         return stats
 
 
 class RetrievalStats:
-    """One interval of a `RetrievalMeter`. ``seconds`` are those of searches that worked, sorted."""
+    """One interval of a `RetrievalMeter`.
 
-    def __init__(self, statuses: Counter[SearchStatus], counts: Counter[str], seconds: list[float]) -> None:
+    ``seconds`` are those of searches that worked, sorted; ``paused_s`` those in which all of them waited.
+    """
+
+    def __init__(
+        self,
+        statuses: Counter[SearchStatus],
+        counts: Counter[str],
+        seconds: list[float],
+        *,
+        paused_s: float = 0.0,
+    ) -> None:
         self.statuses = statuses
         self.counts = counts
         self.seconds = seconds
+        self.paused_s = paused_s
 
     @property
     def queries(self) -> int:
@@ -67,6 +99,7 @@ class RetrievalStats:
             "retrieval/latency_p50": self.quantile(0.5),
             "retrieval/latency_p99": self.quantile(0.99),
             "retrieval/failed": float(self.failed),
+            "retrieval/paused_s": self.paused_s,
         }
         named |= {f"retrieval/status/{status}": float(self.statuses[status]) for status in SearchStatus}
         named |= {f"retrieval/{name}": float(count) for name, count in self.counts.items()}
@@ -76,13 +109,18 @@ class RetrievalStats:
 
 
 def merge_stats(parts: Sequence[RetrievalStats]) -> RetrievalStats:
-    """The searches of all ranks together."""
+    """The searches of all ranks together; of their pauses, which are usually the same one, the longest."""
     statuses: Counter[SearchStatus] = Counter()
     counts: Counter[str] = Counter()
     for part in parts:
         statuses.update(part.statuses)
         counts.update(part.counts)
-    return RetrievalStats(statuses, counts, sorted(s for part in parts for s in part.seconds))
+    return RetrievalStats(
+        statuses,
+        counts,
+        sorted(s for part in parts for s in part.seconds),
+        paused_s=max((part.paused_s for part in parts), default=0.0),
+    )
 
 
 class MeteredRetriever:

@@ -22,6 +22,7 @@ def general_problems(cfg: Config, world_size: int, local_world_size: int, traini
     yield from _sizes(cfg)
     yield from _watch(cfg)
     yield from _resuming(cfg)
+    yield from _stall(cfg)
 
 
 def _required(cfg: Config, training: bool) -> Iterator[str]:
@@ -97,6 +98,7 @@ def _positive(cfg: Config) -> Iterator[str]:
         "eval.questions": cfg.eval.questions,
         "eval.interim_questions": cfg.eval.interim_questions,
         "saving.every": cfg.saving.every,
+        "retrieval.patience_s": cfg.retrieval.patience_s,
         "warmstart.demonstrations": cfg.warmstart.demonstrations,
     }
     for name, number in at_least_zero.items():
@@ -228,4 +230,16 @@ def _resuming(cfg: Config) -> Iterator[str]:
         yield (
             f"saving.keep_best needs an evaluation with every checkpoint, but saving.every={every} is no "
             f"multiple of eval.every={evaluated}; set both, for example to 50 and 25"
+        )
+
+
+def _stall(cfg: Config) -> Iterator[str]:
+    retrieval, episode = cfg.retrieval, cfg.episode
+    silent = episode.deadline_s + retrieval.patience_s + retrieval.deadline_s
+    if not cfg.stall_timeout_s > silent:
+        yield (
+            f"stall_timeout_s={cfg.stall_timeout_s:g} would take a rollout for hanging that only waits: "
+            f"it may be silent for episode.deadline_s={episode.deadline_s:g} + retrieval.patience_s="
+            f"{retrieval.patience_s:g} + retrieval.deadline_s={retrieval.deadline_s:g}; raise it above "
+            f"{silent:g}, or lower these"
         )
