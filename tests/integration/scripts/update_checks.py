@@ -1,11 +1,17 @@
-"""Gradients, golden numbers, offloading, scarce memory: ``update_checks OUT TIED UNTIED``."""
+"""Gradients, golden numbers, offloading, scarce memory, guards: ``update_checks OUT TIED UNTIED``."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from integration.scripts import golden_checks, gradient_checks, offload_checks, oom_checks
+from integration.scripts import (
+    golden_checks,
+    gradient_checks,
+    guard_checks,
+    offload_checks,
+    oom_checks,
+)
 from integration.scripts.common import write_results
 from searchrl.actor import init_communication
 from searchrl.distributed import init_world
@@ -19,6 +25,7 @@ def main(out: Path, tied: Path, untied: Path) -> None:
         "gradients": gradient_checks.check(out, tied, untied, world),
         "golden": golden_checks.check(tied, world),
         "offload": offload_checks.check(tied, world),
+        "guards": guard_checks.check(out, tied, world),
         "oom": oom_checks.check(tied, world),
     }
     if world.is_main:
