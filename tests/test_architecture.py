@@ -21,7 +21,16 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "answers"),
-    ("config", "trajectory", "distributed", "environment", "console", "data.errors", "data.packages"),
+    (
+        "config",
+        "trajectory",
+        "distributed",
+        "environment",
+        "console",
+        "trust",
+        "data.errors",
+        "data.packages",
+    ),
     (
         "protocol",
         "data",
@@ -64,7 +73,7 @@ OWNERS = {
     "vllm": {"engine", "engine.requests"},
     "deepspeed": {"actor"},
     "peft": {"policy"},
-    "transformers": {"protocol", "models", "retrieval.encoder", "policy"},
+    "transformers": {"protocol", "models", "trust", "retrieval.encoder", "policy"},
 }
 """Who may import a library that dictates how its users are written."""
 

@@ -11,11 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from searchrl.batching import MicroBatch, empty_microbatch
@@ -39,7 +43,7 @@ from searchrl.policy import (
     save_adapters,
     token_outputs,
 )
-from searchrl.zero import NormClip, check_norm, deepspeed_config, offload_update
+from searchrl.zero import NormClip, check_norm, deepspeed_config, load_tensors, offload_update
 
 SYNC_BUCKET_ELEMENTS = 64 * 2**20
 """Parameters gathered at one time when weights leave the actor under ZeRO-3."""
@@ -134,6 +138,9 @@ class Actor:
         self._engine, *_ = deepspeed.initialize(
             model=self._policy, optimizer=adamw, config=config, dist_init_required=False
         )
+        # DeepSpeed's own reader would run any code that a checkpoint's pickle holds.
+        classes = (LossScaler, ZeroStageEnum, fragment_address)
+        self._engine.checkpoint_engine.load = partial(load_tensors, classes=classes)
         self._engine.train()
 
     @property
@@ -291,6 +298,7 @@ class Actor:
         Raises:
             FileNotFoundError: there is no checkpoint in ``folder``.
             RuntimeError: it holds other tensors than are trained here.
+            UnsafeCheckpointError: it holds something besides tensors and plain values.
         """
         self._need_states()
         path, state = self._engine.load_checkpoint(str(folder), tag="actor")

@@ -151,7 +151,11 @@ def load_model(path: Path | str, config: ModelConfig, *, zero3: dict[str, Any] |
 
     keep_alive = HfDeepSpeedConfig(zero3) if zero3 is not None else None  # found through a weak reference
     network = AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, config.dtype), attn_implementation=str(config.attention)
+        path,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=str(config.attention),
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     del keep_alive
     return network

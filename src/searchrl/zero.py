@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import pickle
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from searchrl.algorithm.importance import NonFiniteError
 from searchrl.config import DType
 from searchrl.distributed import World
+from searchrl.errors import SearchrlError
 from searchrl.offload import Offloaded, storages
 
 
@@ -53,6 +56,36 @@ class NormClip:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.norm = float(nn.utils.clip_grad_norm_(parameters, self._max_norm))
         check_norm(self.norm)
+
+
+class UnsafeCheckpointError(SearchrlError, RuntimeError):
+    """A checkpoint's file holds more than tensors and plain values; reading it could run code."""
+
+
+def load_tensors(
+    path: str, map_location: Any = None, *, classes: Sequence[Callable[..., object]]
+) -> dict[str, Any]:
+    """Read a file of a checkpoint without running what a pickle can hold: in place of DeepSpeed's own reader.
+
+    Args:
+        path: the file.
+        map_location: as for ``torch.load``.
+        classes: DeepSpeed's own that its files hold besides tensors and plain values.
+
+    Raises:
+        UnsafeCheckpointError: it holds anything else.
+    """
+    with torch.serialization.safe_globals(list(classes)):
+        try:
+            loaded: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            # torch's own message says above all how to run the code after all.
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            raise UnsafeCheckpointError(
+                f"{path} is damaged, or holds what DeepSpeed did not write and could run code"
+                f"{f', {found[1]}' if found else ''}; continue from another checkpoint"
+            ) from error
+    return loaded
 
 
 def offload_update(engine: Any, zero_stage: int) -> Offloaded:
