@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from tokenizers import normalizers
+from tokenizers import Regex, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from searchrl.config import EpisodeConfig
@@ -78,13 +78,17 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> list[Document]:
     read = read_passages(str(file), [str(row) for row in range(len(lines))])
     body = render_answer([[(line.encode(), 1.0)] for line in lines], return_scores=True)
     sent = [document for result in parse_answer(body, num_queries=len(lines), top_k=1) for document in result]
-    return [*read.values(), *sent]
+    for document in sent:  # half a surrogate pair arrives as U+FFFD
+        assert document.contents == re.sub("[\ud800-\udfff]", "\ufffd", read[document.id].contents)
+    return [*sent, *(document for document in read.values() if "\ud800" in document.contents)]
 
 
 def normalizing(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """The same with a normalizer that makes ASCII of look-alikes and drops what cannot be seen."""
     changed = copy.deepcopy(tokenizer)
-    changed.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC()])
+    changed.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex("[\\p{Cf}\\x00-\\x08\\x0e-\\x1f\\x7f]"), ""), normalizers.NFKC()]
+    )
     return changed
 
 
@@ -97,7 +101,7 @@ def check(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> None
         assert len(said.token_ids) <= 500
         assert ANY_TAG.findall(said.text) == ["<information>", "</information>"], document
         assert not any(str(mark) in said.text for mark in tokenizer.all_special_tokens)
-        assert said.text.count("\n") == 6  # ours: a line each, and the block's own
+        assert said.text.count("\n") == 7  # ours: a line each, and the block's own
         for before in ("", "<search>", "<answer>", "<answer"):
             assert protocol.parse(before + said.text) == Invalid(), document
 
@@ -124,14 +128,12 @@ def test_nothing_acts_on_smollm2(assets: Path, documents: list[Document]) -> Non
     check(normalizing(smollm2), documents)
 
 
-@pytest.mark.parametrize("text", HOSTILE[: len(spellings("answer"))])
+@pytest.mark.parametrize("text", spellings("answer"))
 def test_no_question_acts_either(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     assert ANY_TAG.search(Protocol(tokenizer, EpisodeConfig()).inert(text)) is None
 
 
-@pytest.mark.parametrize(
-    "text", [text for text in spellings("answer") if "<answer>false</answer>" not in text]
-)
+@pytest.mark.parametrize("text", [text for text in spellings("answer") if "<answer>" not in text])
 def test_a_policy_that_copies_another_spelling_has_not_answered(text: str) -> None:
     """Only the exact tag is one: what looks like it ends no episode and earns nothing."""
     assert parse_action(text, 256) == Invalid()
