@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from integration.scripts.common import grouped_samples
 from searchrl.algorithm.losses import LossInputs, LossOutputs
 from searchrl.batching import MicroBatch, make_batches
-from searchrl.cli import compose_config
+from searchrl.cli import compose_config, main
 from searchrl.config import Config
 from searchrl.distributed import World
 from searchrl.dumps import DumpError, dumped, read_dump
@@ -203,7 +203,7 @@ def test_replay_runs_the_reference_where_it_was_that(
     file = folder / "dump.json"
     record = json.loads(file.read_text(encoding="utf-8")) | {"reference": str(tiny_model_untied)}
     file.write_text(json.dumps(record), encoding="utf-8")
-    replay(folder, model=None, device="cpu")
+    main(["replay", str(folder)])
     assert f"weights: {tiny_model_untied}" in words(capsys)
 
 

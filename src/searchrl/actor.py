@@ -48,6 +48,8 @@ from searchrl.zero import NormClip, check_norm, deepspeed_config, load_tensors, 
 SYNC_BUCKET_ELEMENTS = 64 * 2**20
 """Parameters gathered at one time when weights leave the actor under ZeRO-3."""
 
+_CHECKPOINT_CLASSES = (LossScaler, ZeroStageEnum, fragment_address)
+"""What DeepSpeed's checkpoints hold besides tensors and plain values. Its own reader would run any code."""
 
 LossSum = Callable[[TokenOutputs], Tensor]
 """Maps token outputs to a scalar: the *sum* of the loss over the micro-batch's tokens."""
@@ -138,9 +140,7 @@ class Actor:
         self._engine, *_ = deepspeed.initialize(
             model=self._policy, optimizer=adamw, config=config, dist_init_required=False
         )
-        # DeepSpeed's own reader would run any code that a checkpoint's pickle holds.
-        classes = (LossScaler, ZeroStageEnum, fragment_address)
-        self._engine.checkpoint_engine.load = partial(load_tensors, classes=classes)
+        self._engine.checkpoint_engine.load = partial(load_tensors, classes=_CHECKPOINT_CLASSES)
         self._engine.train()
 
     @property

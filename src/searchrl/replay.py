@@ -182,9 +182,8 @@ def _figures(
     gradient = math.nan
     if attempt.fault is None and loss.requires_grad:
         parameters = [p for p in policy.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        norms = [part.float().norm() for part in gradients if part is not None]
-        gradient = float(torch.stack(norms).norm())
+        gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        gradient = float(torch.stack([part.float().norm() for part in gradients]).norm())
     fault = "" if attempt.fault is None else attempt.fault.message
     if not fault and not math.isfinite(gradient):
         fault = f"the gradient's norm is {gradient:g}, though the loss is finite"

@@ -28,6 +28,8 @@ from searchrl.trajectory import Sample
 from searchrl.update import apply_update, prepare_update
 
 SETTINGS = ("+experiment=smoke", "batching.max_tokens=200", "loss.kl_coef=0")
+HALF = (1, 3)
+"""ZeRO stages that are tried in bf16, the others in fp32."""
 SAMPLES = random_samples(11, 8)
 
 
@@ -37,7 +39,8 @@ class Bench:
     def __init__(self, out: Path, path: Path, stage: int, world: World) -> None:
         self.out, self.path, self.stage, self.world = out, path, stage, world
         self.is_hurt = world.rank == world.size - 1
-        cfg, _ = compose_config(SETTINGS)
+        self.settings = [*SETTINGS, f"model.dtype={'bfloat16' if stage in HALF else 'float32'}"]
+        cfg, _ = compose_config(self.settings)
         self.actor = Actor(
             path,
             model=cfg.model,
@@ -54,7 +57,7 @@ class Bench:
         self, name: str, samples: Sequence[Sample], *settings: str, reference: Reference | None = None
     ) -> dict[str, Any]:
         """Make an update, as a run does; what every rank says, and what is left."""
-        cfg, resolved = compose_config([*SETTINGS, *settings])
+        cfg, resolved = compose_config([*self.settings, *settings])
         run_dir = self.out / "guards" / f"{name}-zero{self.stage}"
         before, message = self.weights(), ""
         guarded = dumped(
