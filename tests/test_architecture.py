@@ -21,7 +21,16 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "answers"),
-    ("config", "trajectory", "distributed", "environment", "console", "data.errors", "data.packages"),
+    (
+        "config",
+        "trajectory",
+        "distributed",
+        "environment",
+        "console",
+        "trust",
+        "data.errors",
+        "data.packages",
+    ),
     (
         "protocol",
         "data",
@@ -42,13 +51,24 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "shards",
         "preemption",
     ),
-    ("heartbeat", "policy", "zero", "model_shape", "judge", "out_of_memory"),
-    ("engine", "actor", "reference", "tools", "records", "scoring", "validation", "plan", "failures"),
+    ("heartbeat", "policy", "zero", "model_shape", "judge", "out_of_memory", "guards"),
+    (
+        "engine",
+        "actor",
+        "reference",
+        "tools",
+        "records",
+        "scoring",
+        "validation",
+        "plan",
+        "failures",
+        "dumps",
+    ),
     ("rollout", "weight_sync", "checkpoint", "objective", "samples"),
     ("evaluation", "warmstart", "sources", "update", "collect", "overlap"),
     ("setup",),
     ("resuming", "evaluation.training"),
-    ("trainer", "evaluation.benchmark", "doctor"),
+    ("trainer", "evaluation.benchmark", "doctor", "replay"),
     ("cli", "report"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
@@ -57,7 +77,7 @@ OWNERS = {
     "vllm": {"engine", "engine.requests"},
     "deepspeed": {"actor"},
     "peft": {"policy"},
-    "transformers": {"protocol", "models", "retrieval.encoder", "policy", "attention"},
+    "transformers": {"protocol", "models", "trust", "retrieval.encoder", "policy", "attention"},
 }
 """Who may import a library that dictates how its users are written."""
 

@@ -419,8 +419,8 @@ RENORMALISE = "truncates the distribution that rollouts sample from, but the los
         (["watch.min_ess_ratio=1.1"], "watch.min_ess_ratio=1.1 must lie between 0 and 1"),
         (
             ["watch.ignore=[searches,length]"],
-            "watch.ignore=length is no rule; choose among likelihood, entropy, gradient, mismatch, "
-            "repetition, thinking, unanswered, searches",
+            "watch.ignore=length is no rule; choose among likelihood, entropy, mismatch, gradient, "
+            "ratio, drift, repetition, thinking, unanswered, searches",
         ),
         (
             ["retrieval.max_failed_fraction=-0.1"],

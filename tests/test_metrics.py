@@ -68,7 +68,10 @@ def test_the_log_is_appended_to_a_line_per_step(tmp_path: Path) -> None:
     assert json.loads(lines[1]) == {"step": 2, "reward/mean": 0.5, "time/step": 3.0}
 
 
-def test_weights_and_biases_works_without_a_network(tmp_path: Path) -> None:
+def test_weights_and_biases_works_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {name: f"canary-of-{name}-0123456789abcdef0123" for name in ("WANDB_API_KEY", "HF_TOKEN")}
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value)
     log = MetricLog(tmp_path, LoggerConfig(wandb=WandbMode.offline), {"seed": 3})
     log.write(1, {"reward/mean": 0.25})
     log.write(2, {"reward/mean": 0.5})
@@ -81,6 +84,8 @@ def test_weights_and_biases_works_without_a_network(tmp_path: Path) -> None:
     while missing := [part for part in wanted if part not in recorded.read_bytes()]:
         assert time.monotonic() < deadline, missing
         time.sleep(0.1)
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert not [name for name, value in keys.items() if value.encode() in written]
 
 
 def test_a_resumed_run_is_the_same_run_to_weights_and_biases(tmp_path: Path) -> None:

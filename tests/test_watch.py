@@ -18,8 +18,10 @@ METRICS = {rule.name: rule.metric for rule in rules(WatchConfig())}
 BOUNDS = [
     ("likelihood", [-0.5, -0.2, -0.4], -0.499, -0.501),  # 0.3 below the highest
     ("entropy", [0.5, 0.2, 0.4], 0.699, 0.701),  # 3 x the lowest + 0.1
-    ("gradient", [1.0, 2.0, 2.0, 2.0, 2.0, 9.0], 19.9, 20.1),  # 10 x the median
     ("mismatch", [], 0.51, 0.49),  # absolute
+    ("gradient", [1.0, 2.0, 2.0, 2.0, 2.0, 9.0], 19.9, 20.1),  # 10 x the median
+    ("ratio", [1.0, 2.0, 2.0, 2.0, 2.0, 9.0], 199.0, 201.0),  # 100 x the median
+    ("drift", [0.01, 0.02, 0.02, 0.02, 0.02, 0.05], 0.299, 0.301),  # 10 x the median + 0.1
     ("repetition", [0.1, 0.05], 0.249, 0.251),  # the lowest + 0.2
     ("thinking", [20.0, 40.0, 30.0], 10.1, 9.9),  # a quarter of the highest
     ("unanswered", [0.3, 0.1], 0.499, 0.501),  # the lowest + 0.4
@@ -38,6 +40,11 @@ WOBBLE = {  # a quickstart run that learnt, with one bad rollout on the way: ste
         [0.766, 0.859, 0.891, 0.875, 0.969, 1.0, 1.0, 0.984, 0.906, 0.797, 0.984, 0.984]
     ),
     "tis/ess_ratio": [1.0] * 12,
+    "tis/ratio_max": [1.0001] * 12,
+    # From another run: of fifteen that make two optimizer steps a rollout, the one that moved the most.
+    "loss/policy_k3": (
+        [0.0016, 0.0042, 0.0094, 0.0283, 0.0083, 0.0024, 0.1103, 0.0011, 0.0024, 0.0006, 0.0032, 0.0011]
+    ),
 }
 STEPS = st.lists(  # of three metrics, any of which may be missing
     st.dictionaries(

@@ -43,6 +43,7 @@ from searchrl.policy import (
 from searchrl.shards import read_pieces, saved_steps, write_pieces
 from searchrl.zero import (
     NormClip,
+    check_norm,
     deepspeed_config,
     make_states,
     offload_update,
@@ -157,7 +158,13 @@ class Actor:
         return token_outputs(self._engine, batch.to(self._world.device), self._use_tree)
 
     def update(
-        self, batches: Sequence[MicroBatch], loss_sum: LossSum, *, denominator: float, step: int
+        self,
+        batches: Sequence[MicroBatch],
+        loss_sum: LossSum,
+        *,
+        denominator: float,
+        step: int,
+        before_step: Callable[[], None] = lambda: None,
     ) -> StepStats:
         """One optimizer step over this rank's micro-batches.
 
@@ -169,8 +176,10 @@ class Actor:
             loss_sum: maps token outputs to the sum of their loss.
             denominator: what the global sum is divided by, the same on all ranks.
             step: optimizer steps already done, for the learning rate.
+            before_step: called between the passes and the optimizer's step, a place where all ranks may stop.
 
         Raises:
+            NonFiniteGradientError: the gradient is NaN or infinite, on all ranks; no step was made.
             OffloadedError: between ``offload`` and ``reload``.
             OutOfMemoryError: memory ran out; no step was made.
         """
@@ -186,11 +195,13 @@ class Actor:
             zero_stage=self._zero_stage,
             world=self._world,
         )
+        before_step()
         lr = learning_rate(self._optimizer_config, step, self._total_steps)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
         norm = self._engine.get_global_grad_norm() if self._clip is None else self._clip.norm
+        check_norm(float(norm))  # DeepSpeed leaves the step out without a word and calls the norm infinite
         return StepStats(grad_norm=float(norm), lr=lr)
 
     @torch.no_grad()

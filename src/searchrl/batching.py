@@ -23,6 +23,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from searchrl.config import Attention, Config
 from searchrl.trajectory import Sample
 
 PADDING_SEGMENT = -1
@@ -122,6 +123,14 @@ class MicroBatch:
             sample_ids=self.sample_ids,
             tree=None if self.tree is None else self.tree.to(device),
         )
+
+
+def make_batches(samples: Sequence[Sample], cfg: Config, max_tokens: int) -> list[MicroBatch]:
+    """Micro-batches within the token budget, packed or padded as the run does."""
+    if not cfg.batching.packing:
+        return pad(samples, max_tokens)
+    # FlashAttention runs the row itself, and so every trajectory whole.
+    return pack(samples, max_tokens, share_prefixes=cfg.model.attention is Attention.sdpa)
 
 
 def pack(samples: Sequence[Sample], max_tokens: int, *, share_prefixes: bool = True) -> list[MicroBatch]:

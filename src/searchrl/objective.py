@@ -2,6 +2,9 @@
 
 Glue between the pure functions of ``algorithm`` and the actor: gathers what each loss token needs out of the
 micro-batch, and adds up metrics so that one reduction a step is exact.
+
+What is not finite is remembered, not raised: this rank is amid a pass that others take part in. ``guards``
+stops all ranks before the optimizer's step.
 """
 
 from __future__ import annotations
@@ -14,11 +17,19 @@ import torch
 from torch import Tensor
 
 from searchrl.algorithm.aggregation import token_weights
-from searchrl.algorithm.importance import CustomWeights, ImportanceInputs, NonFiniteError, correct
+from searchrl.algorithm.importance import (
+    CustomWeights,
+    ImportanceInputs,
+    NonFiniteError,
+    check_finite,
+    correct,
+)
 from searchrl.algorithm.losses import CustomLoss, LossInputs, kl_penalty, llds_penalty, policy_loss
 from searchrl.algorithm.mismatch import MAX_KEYS, SUM_KEYS, ImportanceTotals, measure
-from searchrl.config import ImportanceConfig, LossConfig
+from searchrl.config import Config, ImportanceConfig, LossConfig, LossKind, OldPolicy, WeightMode
 from searchrl.distributed import gather_objects, reduce_values
+from searchrl.extensions import load_function
+from searchrl.guards import Fault, KnownValues
 from searchrl.policy import TokenOutputs
 
 
@@ -29,14 +40,28 @@ class KnownTerms:
     A mapping is None if its values are not needed, or are only known as micro-batches come by.
     """
 
-    old_logprobs: Mapping[str, Tensor] | None
+    old_logprobs: Mapping[str, Tensor] | None = None
     """logπ_old; None: it is not needed, because the current policy is π_old throughout."""
-    ref_logprobs: Mapping[str, Tensor] | None
+    ref_logprobs: Mapping[str, Tensor] | None = None
     """logπ_ref."""
-    weights: Mapping[str, Tensor] | None
+    weights: Mapping[str, Tensor] | None = None
     """Importance weights, normalised; None: each micro-batch computes its own."""
-    keep: Mapping[str, Tensor] | None
+    keep: Mapping[str, Tensor] | None = None
     """bool: not dropped by the correction; goes with ``weights``."""
+
+    def of(self, ids: Sequence[str]) -> KnownValues:
+        """What is known of these trajectories, as plain numbers by the names above."""
+        terms = {
+            "old_logprobs": self.old_logprobs,
+            "ref_logprobs": self.ref_logprobs,
+            "weights": self.weights,
+            "keep": self.keep,
+        }
+        return {
+            name: {sample_id: values[sample_id].tolist() for sample_id in ids}
+            for name, values in terms.items()
+            if values is not None
+        }
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,9 +84,22 @@ class PolicyObjective:
     """Loss metrics summed over kept tokens."""
     loss_sum: float = 0.0
     """This rank's share of the loss of the current optimizer step, times its denominator."""
+    fault: Fault | None = None
+    """The first micro-batch of that step whose loss, or what it is made of, is not finite."""
 
     def __call__(self, outputs: TokenOutputs) -> Tensor:
-        """The micro-batch's loss summed over its tokens; for the denominator see ``update.Update``."""
+        """The micro-batch's loss summed over its tokens; for the denominator see ``update.Update``.
+
+        Where it is not finite, ``fault`` says so, and what is returned means nothing.
+        """
+        try:
+            return self._loss(outputs)
+        except NonFiniteError as error:
+            if self.fault is None:
+                self.fault = Fault(str(error), outputs.batch.trajectory_ids)
+            return outputs.logprobs.sum() * 0.0
+
+    def _loss(self, outputs: TokenOutputs) -> Tensor:
         batch, token = outputs.batch, outputs.positions.token
         index = batch.trajectory_index.flatten()[token]
         weights, keep = self._correction(outputs, index)
@@ -91,8 +129,9 @@ class PolicyObjective:
         total = (losses * shares * keep).sum()
         self._add(metrics, keep, total.detach())
         if not math.isfinite(self.loss_sum):
-            bad = sorted(set(index[~torch.isfinite(losses.detach())].tolist()))
-            names = ", ".join(batch.trajectory_ids[number] for number in bad)
+            check_finite(outputs.logprobs, "trainer", index, batch.trajectory_ids)
+            bad = sorted(set(index[~torch.isfinite(losses.detach())].tolist()))  # none: their sum overflows
+            names = ", ".join(batch.trajectory_ids[number] for number in bad) or "none of them alone"
             raise NonFiniteError(f"the loss is NaN or infinite in trajectories {names}")
         return total
 
@@ -132,6 +171,28 @@ class PolicyObjective:
         *values, loss = torch.stack([*terms, total.double()]).tolist()
         self.sums = merge_sums([self.sums, dict(zip(named, values, strict=True))])
         self.loss_sum += loss
+
+
+def make_objective(cfg: Config) -> PolicyObjective:
+    """The objective of the run's next optimizer step, as long as nothing is known of its samples."""
+    custom_loss = custom_weights = None
+    if cfg.loss.kind is LossKind.custom:
+        custom_loss = load_function(cfg.loss.import_path, cfg.loss.kwargs, section="loss", positional=1)
+    if cfg.importance.mode is WeightMode.custom:
+        custom_weights = load_function(
+            cfg.importance.import_path, cfg.importance.kwargs, section="importance", positional=1
+        )
+    longest = (cfg.episode.max_searches + 1) * cfg.episode.max_turn_tokens
+    return PolicyObjective(
+        loss=cfg.loss,
+        importance=cfg.importance,
+        constant_length=cfg.loss.constant_length or longest,
+        custom_loss=custom_loss,
+        custom_weights=custom_weights,
+        known=KnownTerms(),
+        old_is_current=cfg.update.old_policy is not OldPolicy.rollout,
+        importance_totals=ImportanceTotals.empty(),
+    )
 
 
 def reduce_totals(totals: ImportanceTotals) -> ImportanceTotals:

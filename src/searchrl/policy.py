@@ -139,7 +139,11 @@ def load_model(path: Path | str, config: ModelConfig, *, zero3: dict[str, Any] |
     keep_alive = HfDeepSpeedConfig(zero3) if zero3 is not None else None  # found through a weak reference
     kernels = ALONG_PATHS if runs_on_trees(config) else str(config.attention)
     network = AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, config.dtype), attn_implementation=kernels
+        path,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=kernels,
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     del keep_alive
     return network

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 TAGS = ("think", "search", "information", "answer")
 STOP_STRINGS = ("</search>", "</answer>")
 
+_CHARS_PER_TOKEN = 16
+"""A document longer than this many characters for each token that an observation may have is cut before it is
+encoded: a megabyte takes a tokenizer seconds, some texts minutes. English has four to five."""
+
 # Innermost pair: a stray opening tag before the real one must not become part of the query.
 _ACTION = re.compile(r"<(search|answer)>((?:(?!<(?:search|answer)>).)*?)</\1>", re.DOTALL)
 _TAG = re.compile(rf"<(\s*/?\s*(?:{'|'.join(TAGS)})\s*)>", re.IGNORECASE)
@@ -157,7 +161,11 @@ class Protocol:
         return Rendered(text=self.decode(ids), token_ids=ids)
 
     def inert(self, text: str) -> str:
-        """Text in which no tag and no special token is left: their angle brackets are escaped."""
+        """Text in which no tag and no special token is left: their angle brackets are escaped.
+
+        Half a surrogate pair, which no tokenizer takes, becomes U+FFFD.
+        """
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         # Encoding may lose a byte that the vocabulary lacks; without it "<sea\x04rch>" would be a tag.
         return self._without_marks(self.decode(self._encode(self._without_marks(text))))
 
@@ -181,7 +189,8 @@ class Protocol:
     def _line(self, rank: int, document: Document) -> str:
         title = " ".join(document.title.split())
         body = " ".join(document.text.split())
-        return "\n" + self.inert(f"Doc {rank}(Title: {title}) {body}")
+        limit = _CHARS_PER_TOKEN * self._config.max_observation_tokens
+        return "\n" + self.inert(f"Doc {rank}(Title: {title}) {body}"[:limit])
 
     def _encode(self, text: str) -> list[int]:
         ids = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -194,7 +203,7 @@ def load_tokenizer(model: Path | str) -> PreTrainedTokenizerBase:
     """The model's tokenizer."""
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     return tokenizer
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,11 @@ class Reference:
         self._world = world
         self._use_tree = runs_on_trees(model)
         self._offloaded = Offloaded(self._policy.parameters()) if offloads else None
+
+    @property
+    def network(self) -> Any:
+        """The Hugging Face model."""
+        return self._policy.model
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:

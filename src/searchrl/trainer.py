@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from searchrl.collect import Collected, collect
 from searchrl.config import Config, Device, KlPlacement
 from searchrl.data.sampler import Sampler
 from searchrl.distributed import broadcast_object, gather_objects, reduce_values, side_group
+from searchrl.dumps import dumped
 from searchrl.environment import matmul_gflops
 from searchrl.evaluation.comparison import eval_metrics
 from searchrl.evaluation.results import Result
@@ -81,10 +83,10 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
             rollouts.start_early(step + 1)
             with phases("swap"):
                 make_room(run, actor)
-            with phases("logprob"):
+            with _dumped(run, actor, resolved), phases("logprob"):
                 samples, penalized = _samples(run, actor, reference, played.collected.chosen, budget)
                 update = prepare_update(actor, reference, samples, cfg=cfg, world=env.world, budget=budget)
-            with phases("update"):
+            with _dumped(run, actor, resolved), phases("update"):
                 updated = apply_update(update, actor, epochs=cfg.update.epochs, step=step)
             with phases("rollout"):
                 rollouts.wait()
@@ -218,6 +220,18 @@ def _tell(
     run.env.console.step(step, run.env.cfg.steps, metrics)
     for alarm in alarms:
         run.env.console.say(f"watch: {alarm}")
+
+
+def _dumped(run: Run, actor: Actor, resolved: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """What the guards stop within is written down."""
+    return dumped(
+        run.env.run_dir,
+        step=run.env.phases.step,
+        resolved=resolved,
+        world=run.env.world,
+        reference=run.model,
+        export=lambda folder: actor.export(folder, run.env.tokenizer),
+    )
 
 
 def _stopped(watch: Watch, checkpoint: Path) -> CollapseError:

@@ -15,25 +15,18 @@ from torch import Tensor
 
 from searchrl.actor import Actor, StepStats
 from searchrl.algorithm.aggregation import denominator
-from searchrl.algorithm.importance import CustomWeights, ImportanceInputs, correct, needs_global
-from searchrl.algorithm.losses import CustomLoss, kl_penalty
+from searchrl.algorithm.importance import ImportanceInputs, correct, needs_global
+from searchrl.algorithm.losses import kl_penalty
 from searchrl.algorithm.mismatch import ImportanceTotals, measure
-from searchrl.batching import MicroBatch, balance, pack, pad, split_minibatches
-from searchrl.config import (
-    Aggregation,
-    Config,
-    ImportanceConfig,
-    KlPlacement,
-    LossKind,
-    OldPolicy,
-    WeightMode,
-)
+from searchrl.batching import MicroBatch, balance, make_batches, split_minibatches
+from searchrl.config import Aggregation, Config, KlPlacement, OldPolicy
 from searchrl.distributed import World, gather_objects, reduce_values
-from searchrl.extensions import load_function
-from searchrl.objective import KnownTerms, PolicyObjective, reduce_totals
+from searchrl.guards import Fault, batch_fault, logprob_fault, meet
+from searchrl.objective import KnownTerms, PolicyObjective, make_objective, reduce_totals
 from searchrl.out_of_memory import OutOfMemoryError, TokenBudget
-from searchrl.policy import ReferencePolicy, runs_on_trees
+from searchrl.policy import ReferencePolicy
 from searchrl.trajectory import Sample
+from searchrl.zero import NonFiniteGradientError
 
 BySample = dict[str, Tensor]
 """Values of each sample's loss tokens, [S], by sample id."""
@@ -57,6 +50,11 @@ class Cut:
     def batches(self) -> list[MicroBatch]:
         """Those of all optimizer steps."""
         return [batch for part in self.minibatches for batch in part]
+
+    @property
+    def everything(self) -> list[Sample]:
+        """The samples of all optimizer steps."""
+        return [sample for part in self.samples for sample in part]
 
     def smaller(self, failure: OutOfMemoryError) -> None:
         """Cut into smaller micro-batches, alike on all ranks.
@@ -103,7 +101,7 @@ def prepare_update(
         budget: the run's; None: ``batching.max_tokens``, for this update alone.
 
     Raises:
-        NonFiniteError: a log-probability is NaN or infinite; names the trajectories.
+        NonFiniteStepError: an advantage or a log-probability is NaN or infinite; names the trajectories.
         OutOfMemoryError: memory ran out, and smaller micro-batches cannot help.
     """
     everything = [sample for part in gather_objects(list(samples)) for sample in part]
@@ -116,30 +114,31 @@ def prepare_update(
     sampling = _by_sample(
         cut.batches, [batch.sampling_logprobs[batch.loss_mask] for batch in cut.batches], world
     )
-    custom_weights = _custom_weights(cfg)
+    objective = make_objective(cfg)
     bypass = cfg.update.old_policy is OldPolicy.rollout
     old = ref = weights = keep = None
-    totals = ImportanceTotals.empty()
+    totals = objective.importance_totals
+    fault = batch_fault(cut.batches)
+    corrects = not bypass and (cfg.update.epochs * len(parts) > 1 or needs_global(cfg.importance))
     if bypass:
         old = sampling
-    elif cfg.update.epochs * len(parts) > 1 or needs_global(cfg.importance):
-        old = _logprobs(actor, cut, world)
-        weights, keep, totals = _corrections(old, sampling, cfg.importance, custom_weights, world)
+    elif corrects:
+        old, broken = _logprobs(actor, cut, world, "trainer")
+        fault = fault or broken
     if reference is not None and cfg.loss.kl_in is KlPlacement.loss:
-        ref = _logprobs(reference, cut, world)
+        ref, broken = _logprobs(reference, cut, world, "reference")
+        fault = fault or broken
+    meet(fault, cut.everything, KnownTerms(old_logprobs=old, ref_logprobs=ref).of)
+    if corrects and old is not None:
+        weights, keep, totals = _corrections(old, sampling, objective, world)
     counted = None if cfg.importance.dropped_in_denominator else keep
     denominators = [_denominator(part, cfg.loss.aggregation, counted, world) for part in cut.minibatches]
-    objective = PolicyObjective(
-        loss=cfg.loss,
-        importance=cfg.importance,
-        constant_length=_constant_length(cfg),
-        custom_loss=_custom_loss(cfg),
-        custom_weights=custom_weights,
-        known=KnownTerms(old_logprobs=old, ref_logprobs=ref, weights=weights, keep=keep),
-        old_is_current=not bypass,
-        importance_totals=totals,
+    known = KnownTerms(old_logprobs=old, ref_logprobs=ref, weights=weights, keep=keep)
+    return Update(
+        cut=cut,
+        denominators=reduce_values(denominators, "sum"),
+        objective=replace(objective, known=known, importance_totals=totals),
     )
-    return Update(cut=cut, denominators=reduce_values(denominators, "sum"), objective=objective)
 
 
 def apply_update(update: Update, actor: Actor, *, epochs: int, step: int) -> dict[str, float]:
@@ -155,6 +154,7 @@ def apply_update(update: Update, actor: Actor, *, epochs: int, step: int) -> dic
         step: steps of the run already done, for the learning rate.
 
     Raises:
+        NonFiniteStepError: the loss or the gradient is NaN or infinite; that step is not made.
         OutOfMemoryError: memory ran out, and smaller micro-batches cannot help.
     """
     losses, norms, skipped, lr = [], [], 0, None
@@ -177,15 +177,23 @@ def apply_update(update: Update, actor: Actor, *, epochs: int, step: int) -> dic
 
 def _make_step(update: Update, actor: Actor, part: int, step: int) -> StepStats:
     """One optimizer step on the micro-batches of ``part``; smaller ones as long as memory runs out."""
+    samples, divisor = update.cut.samples[part], update.denominators[part]
     while True:
         # A copy, so that the totals of an attempt that failed are counted nowhere.
         attempt = replace(update.objective, loss_sum=0.0)
+        batches = update.cut.minibatches[part]
+
+        def stop_together(attempt: PolicyObjective = attempt) -> None:
+            meet(attempt.fault, samples, attempt.known.of, divisor)
+
         try:
-            stats = actor.update(
-                update.cut.minibatches[part], attempt, denominator=update.denominators[part], step=step
-            )
+            stats = actor.update(batches, attempt, denominator=divisor, step=step, before_step=stop_together)
         except OutOfMemoryError as failure:
             update.cut.smaller(failure)
+        except NonFiniteGradientError as error:  # on all ranks, which have added their gradients up
+            ids = [sample.id for sample in samples]
+            fault = Fault(f"{error} after all the step's micro-batches", ids, "gradient") if ids else None
+            meet(fault, samples, attempt.known.of, divisor)
         else:
             update.objective = replace(attempt, old_is_current=False)
             return stats
@@ -203,29 +211,35 @@ def reward_penalties(
     """``loss.kl_coef`` x the KL of the sampling to the reference policy, summed over tokens, by sample id.
 
     For ``loss.kl_in=reward``. ``budget``: as for ``prepare_update``. A collective.
+
+    Raises:
+        NonFiniteStepError: a log-probability is NaN or infinite; names the trajectories.
+        OutOfMemoryError: memory ran out, and smaller micro-batches cannot help.
     """
     cut = Cut(samples=[list(samples)], cfg=cfg, budget=budget or TokenBudget(tokens=cfg.batching.max_tokens))
-    current, ref = _logprobs(actor, cut, world), _logprobs(reference, cut, world)
+    current, fault = _logprobs(actor, cut, world, "trainer")
+    ref, broken = _logprobs(reference, cut, world, "reference")
+    meet(fault or broken, samples, KnownTerms(old_logprobs=current, ref_logprobs=ref).of)
     return {
         name: cfg.loss.kl_coef * float(kl_penalty(current[name], ref[name], cfg.loss.kl_estimator).sum())
         for name in current
     }
 
 
-def make_batches(samples: Sequence[Sample], cfg: Config, max_tokens: int) -> list[MicroBatch]:
-    """Micro-batches within the token budget, packed or padded."""
-    if not cfg.batching.packing:
-        return pad(samples, max_tokens)
-    return pack(samples, max_tokens, share_prefixes=runs_on_trees(cfg.model))
+def _logprobs(
+    policy: Actor | ReferencePolicy, cut: Cut, world: World, source: str
+) -> tuple[BySample, Fault | None]:
+    """Log-probabilities of this rank's samples, and what in them is not finite.
 
-
-def _logprobs(policy: Actor | ReferencePolicy, cut: Cut, world: World) -> BySample:
-    """Log-probabilities of this rank's samples; in smaller micro-batches as long as memory runs out."""
+    In smaller micro-batches as long as memory runs out.
+    """
     while True:
         try:
-            return _by_sample(cut.batches, policy.logprobs(cut.batches), world)
+            values = policy.logprobs(cut.batches)
         except OutOfMemoryError as failure:
             cut.smaller(failure)
+        else:
+            return _by_sample(cut.batches, values, world), logprob_fault(source, cut.batches, values)
 
 
 def _knobs(cfg: Config) -> str:
@@ -239,7 +253,7 @@ def _knobs(cfg: Config) -> str:
 
 
 def _corrections(
-    old: BySample, sampling: BySample, config: ImportanceConfig, custom: CustomWeights | None, world: World
+    old: BySample, sampling: BySample, objective: PolicyObjective, world: World
 ) -> tuple[BySample, BySample, ImportanceTotals]:
     """Weights of this rank's samples, normalised over all ranks; what is kept; this rank's totals."""
     lengths = [len(values) for values in sampling.values()]
@@ -251,9 +265,9 @@ def _corrections(
         trajectory_index=index.to(world.device),
         trajectory_ids=list(sampling),
     )
-    correction = correct(inputs, config, custom)
+    correction = correct(inputs, objective.importance, objective.custom_weights)
     totals = measure(inputs, correction)
-    weights = correction.weights / reduce_totals(totals).normalizer(config)
+    weights = correction.weights / reduce_totals(totals).normalizer(objective.importance)
     return (
         dict(zip(sampling, weights.split(lengths), strict=True)),
         dict(zip(sampling, correction.keep.split(lengths), strict=True)),
@@ -278,22 +292,3 @@ def _by_sample(batches: Sequence[MicroBatch], values: Sequence[Tensor], world: W
     for batch, value in zip(batches, values, strict=True):
         merged |= batch.split(value.to(world.device))
     return merged
-
-
-def _constant_length(cfg: Config) -> int:
-    """L of ``loss.aggregation=constant``."""
-    return cfg.loss.constant_length or (cfg.episode.max_searches + 1) * cfg.episode.max_turn_tokens
-
-
-def _custom_loss(cfg: Config) -> CustomLoss | None:
-    if cfg.loss.kind is not LossKind.custom:
-        return None
-    return load_function(cfg.loss.import_path, cfg.loss.kwargs, section="loss", positional=1)
-
-
-def _custom_weights(cfg: Config) -> CustomWeights | None:
-    if cfg.importance.mode is not WeightMode.custom:
-        return None
-    return load_function(
-        cfg.importance.import_path, cfg.importance.kwargs, section="importance", positional=1
-    )

@@ -53,6 +53,34 @@ class Rule:
         return mean >= bound if self.is_floor else mean <= bound
 
 
+_STEPS = (
+    Rule(
+        name="gradient",
+        metric="update/grad_norm",
+        reference=median,
+        factor=10.0,
+        meaning="gradients explode, usually from tokens of low probability",
+        remedy="a lower optimizer.lr or optimizer.max_grad_norm; loss=llds",
+    ),
+    Rule(
+        name="ratio",
+        metric="tis/ratio_max",
+        reference=median,
+        factor=100.0,
+        meaning="single tokens are far likelier to the trainer than to the engine; truncation hides it",
+        remedy="importance=mis, which drops their trajectories, or sync.checksum=true",
+    ),
+    Rule(
+        name="drift",
+        metric="loss/policy_k3",
+        reference=median,
+        factor=10.0,
+        offset=0.1,
+        meaning="a rollout's optimizer steps move the policy much further than they used to",
+        remedy="a lower optimizer.lr, fewer update.epochs or update.minibatches, a smaller loss.eps_high",
+    ),
+)
+
 _BEHAVIOUR = (
     Rule(
         name="repetition",
@@ -97,8 +125,9 @@ def rules(config: WatchConfig) -> list[Rule]:
     """All rules but ``config.ignore``.
 
     The first three follow the stages of lazy likelihood displacement (arXiv 2512.04220), ``mismatch`` is
-    PROTOCOL §5's alarm; the others see what a collapse looks like in episodes. Their bounds keep clear of
-    what healthy runs do (docs/operations.md).
+    PROTOCOL §5's alarm; ``gradient``, ``ratio`` and ``drift`` see numbers on their way to overflow (what is
+    not finite any more stops the run before its step: ``guards``); the others see what a collapse looks like
+    in episodes. Their bounds keep clear of what healthy runs do (docs/operations.md).
     """
     likelihoods = [
         Rule(
@@ -121,14 +150,6 @@ def rules(config: WatchConfig) -> list[Rule]:
             remedy="a lower optimizer.lr, loss.kl_coef above 0, or no loss.entropy_coef",
         ),
         Rule(
-            name="gradient",
-            metric="update/grad_norm",
-            reference=median,
-            factor=10.0,
-            meaning="gradients explode, usually from tokens of low probability",
-            remedy="a lower optimizer.lr or optimizer.max_grad_norm; loss=llds",
-        ),
-        Rule(
             name="mismatch",
             metric="tis/ess_ratio",
             is_floor=True,
@@ -137,7 +158,7 @@ def rules(config: WatchConfig) -> list[Rule]:
             remedy="fewer update.epochs or update.minibatches, importance=mis; check sync/probe_max_abs_diff",
         ),
     ]
-    return [rule for rule in (*likelihoods, *_BEHAVIOUR) if rule.name not in config.ignore]
+    return [rule for rule in (*likelihoods, *_STEPS, *_BEHAVIOUR) if rule.name not in config.ignore]
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from searchrl.algorithm.importance import NonFiniteError
 from searchrl.config import DType
 from searchrl.distributed import World
 from searchrl.offload import Offloaded, storages
@@ -31,6 +33,16 @@ def deepspeed_config(dtype: DType, zero_stage: int, max_grad_norm: float, world:
     }
 
 
+class NonFiniteGradientError(NonFiniteError):
+    """The gradient of an optimizer step, summed over all ranks, is NaN or infinite. No step was made."""
+
+
+def check_norm(norm: float) -> None:
+    """Raise ``NonFiniteGradientError`` unless the gradient's norm is finite: alike on all ranks."""
+    if not math.isfinite(norm):
+        raise NonFiniteGradientError(f"the gradient's norm is {norm:g}")
+
+
 class NormClip:
     """Gradient clipping for ZeRO stage 0 in fp32, where DeepSpeed clips but keeps no norm."""
 
@@ -42,6 +54,7 @@ class NormClip:
         """Runs before the optimizer's step, when gradients have been reduced over the ranks."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.norm = float(nn.utils.clip_grad_norm_(parameters, self._max_norm))
+        check_norm(self.norm)
 
 
 def offload_update(engine: Any, zero_stage: int) -> Offloaded:

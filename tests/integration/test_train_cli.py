@@ -54,6 +54,18 @@ EVERYTHING = (  # besides custom functions: adapters, an engine over both ranks,
     "engine.tensor_parallel=2",
 )
 AHEAD = ("overlap=true", "saving={every: 2, keep: 5}", "eval.before=false")
+KEYS = {  # in the environment of every run here; nothing that a run writes or prints holds one
+    name: f"canary-of-{name.lower().replace('_', '-')}-0123456789abcdef"
+    for name in (
+        "JUDGE_API_KEY",
+        "SERPER_API_KEY",
+        "BRAVE_API_KEY",
+        "MCP_TOKEN",
+        "SEARCHRL_RETRIEVAL_TOKEN",
+        "WANDB_API_KEY",
+        "HF_TOKEN",
+    )
+}
 PROMISED = (  # PROTOCOL §5
     "search_r1/turns_per_sample",
     "search_r1/search_calls_per_sample",
@@ -125,7 +137,7 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def bench(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """Corpus and index of the checkout, built if need be; models and warm start of its own."""
     if not (assets / "worldfacts" / "manifest.json").exists():
         arguments = ["data", "worldfacts", "--out", assets / "worldfacts", "--wheels", assets / "wheels"]
@@ -137,7 +149,10 @@ def bench(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
         (assets / name).mkdir(exist_ok=True)
         (folder / "assets" / name).symlink_to(assets / name)
     (folder / "examples").symlink_to(ROOT / "examples")
-    return Bench(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in KEYS.items():
+            patch.setenv(name, value)
+        yield Bench(folder)
 
 
 @pytest.fixture(scope="module")
@@ -719,3 +734,16 @@ def test_training_without_retrieval_finds_nothing(bench: Bench, later: dict[str,
     assert searched
     assert all("No documents were found." in turn["appended"] for turn in searched)
     assert not (bench.at("none") / "retriever.log").exists()
+
+
+def test_no_key_is_written_or_printed(bench: Bench, later: dict[str, Future[Any]]) -> None:
+    """Not even the token that is sent to servers elsewhere, in the run whose server was replaced."""
+    results = [job.result() for job in later.values()]
+    ended = [one for result in results for one in (result if isinstance(result, tuple) else (result,))]
+    found = [(name, "printed") for name, key in KEYS.items() for one in ended if key in one.printed]
+    files = [path for path in bench.folder.rglob("*") if path.is_file()]  # linked folders are not entered
+    assert {path.name for path in files} >= {"config.yaml", "events.jsonl", "retriever.log", "metrics.jsonl"}
+    for path in files:
+        content = path.read_bytes()
+        found += [(name, str(path)) for name, key in KEYS.items() if key.encode() in content]
+    assert found == []

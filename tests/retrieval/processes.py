@@ -41,6 +41,18 @@ def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", **(variables or {})}
 
 
+def listening_on(pid: int) -> set[str]:
+    """The addresses on which a process takes connections, as the kernel writes them: loopback is 0100007F."""
+    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    addresses = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in links:
+                addresses.add(fields[1].partition(":")[0])
+    return addresses
+
+
 @contextmanager
 def serving(
     index: Path,

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from retrieval.processes import listening_on
 from searchrl.retrieval.client import HttpRetriever
 from searchrl.retrieval.embedded import EmbeddedServer, EmbeddedServerError
 from searchrl.retrieval.wire import TOKEN_VARIABLE
@@ -52,6 +53,10 @@ def test_it_serves_stops_and_leaves_nothing(bm25_directory: Path, corpus_path: P
     log = tmp_path / "logs/server.log"
     with EmbeddedServer(bm25_directory, corpus_path, log_path=log, shuffle_seed=3) as server:
         assert httpx.get(f"{server.url}/health", trust_env=False).json()["shuffle_seed"] == 3
+        assert listening_on(server.pid) == {
+            "0100007F"
+        }  # which no other machine reaches; /metrics is there too
+        assert httpx.get(f"{server.url}/metrics", trust_env=False).status_code == 200
         retriever = HttpRetriever([server.url])
 
         async def scenario() -> None:

@@ -292,6 +292,8 @@ def _load(**settings: Any) -> Any:
         logprobs_mode="processed_logprobs",
         use_tqdm_on_load=False,
         disable_log_stats=True,
+        load_format="safetensors",  # never a pickle, which could run code
+        trust_remote_code=False,
         **settings,
     )
     if local_world_size is not None:  # external_launcher overwrites it with the tensor-parallel size

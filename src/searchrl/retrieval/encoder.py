@@ -110,11 +110,17 @@ class Encoder:
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(
+            self.path, local_files_only=True, trust_remote_code=False
+        )
         bars = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()  # a bar for a load of milliseconds
         self._model: Any = AutoModel.from_pretrained(
-            self.path, local_files_only=True, dtype=torch.float32
+            self.path,
+            local_files_only=True,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
         ).eval()
         self._model.to(device)
         if bars:

@@ -7,6 +7,7 @@ from searchrl.validation.algorithm import algorithm_problems
 from searchrl.validation.general import general_problems
 from searchrl.validation.retrieval import retrieval_problems
 from searchrl.validation.reward import reward_problems
+from searchrl.validation.secrets import secret_problems
 from searchrl.validation.values import value_problems
 
 
@@ -23,7 +24,9 @@ def validate(
         local_world_size: ranks of this node; None: all.
         training: False for an evaluation, which needs no training questions and may ask an oracle.
     """
-    problems = [*value_problems(cfg)] or [
+    # First and alone: other messages show values, and compare them.
+    problems = list(secret_problems(cfg)) or list(value_problems(cfg))
+    problems = problems or [
         *general_problems(cfg, world_size, local_world_size or world_size, training),
         *algorithm_problems(cfg),
         *reward_problems(cfg),

@@ -1,6 +1,7 @@
-"""Gradients, golden numbers, offloading, scarce memory, checkpoints: ``update_checks OUT TIED UNTIED FIRST``.
+"""Gradients, golden numbers, offloading, scarce memory, guards, checkpoints.
 
-``FIRST`` is the folder of the run on one rank, whose checkpoints two ranks read.
+``update_checks OUT TIED UNTIED FIRST``: ``FIRST`` is the folder of the run on one rank, whose checkpoints two
+ranks read.
 """
 
 from __future__ import annotations
@@ -8,7 +9,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from integration.scripts import golden_checks, gradient_checks, offload_checks, oom_checks, shard_checks
+from integration.scripts import (
+    golden_checks,
+    gradient_checks,
+    guard_checks,
+    offload_checks,
+    oom_checks,
+    shard_checks,
+)
 from integration.scripts.common import write_results
 from searchrl.actor import init_communication
 from searchrl.distributed import init_world
@@ -22,6 +30,7 @@ def main(out: Path, tied: Path, untied: Path, first: Path) -> None:
         "gradients": gradient_checks.check(out, tied, untied, world),
         "golden": golden_checks.check(tied, world),
         "offload": offload_checks.check(tied, world),
+        "guards": guard_checks.check(out, tied, world),
         "oom": oom_checks.check(tied, world),
         "shards": shard_checks.check(out, first, tied, world),
     }
