@@ -175,6 +175,10 @@ REFUSED = [
     ),
     (
         ["reward=judge", "reward.judge={url: 'http://u:secret@x/v1', model: m}"],
+        "reward.judge.url is an address with a password or a key in it; configurations are written to disk",
+    ),
+    (
+        ["reward=judge", "reward.judge={url: 'http://u@x/v1', model: m}"],
         "reward.judge.url must be an address without a user, a query or a fragment; a key goes into the "
         "environment variable JUDGE_API_KEY",
     ),

@@ -64,6 +64,8 @@ def test_the_dump_holds_the_named_trajectories(measured: dict[str, Any], case: s
     dumps = sorted(path for path in folder.iterdir() if path.name.startswith("step-000001.rank"))
     if case.startswith("gradient"):
         assert len(dumps) == ranks  # the gradient is a sum over all of them
+    elif case == "loss/zero3":
+        assert len(dumps) == ranks  # they share the weight
     elif case not in IN_DATA:
         assert [path.name for path in dumps] == [f"step-000001.rank{ranks - 1}"]  # who was hurt
     assert dumps
@@ -83,15 +85,14 @@ def test_the_dump_holds_the_named_trajectories(measured: dict[str, Any], case: s
 def test_replay_shows_it_again(
     measured: dict[str, Any], case: str, ranks: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (path,) = Path(measured[case]["folder"]).glob("*.rank*")
+    path = min(Path(measured[case]["folder"]).glob("*.rank*"))
     figures = replay(path, model=None, device="cpu")
     printed = " ".join(capsys.readouterr().out.split())
     if case in IN_DATA:
         assert [each.id for each in figures if each.fault] == ["5/0"]
         assert "forward: every output is finite" in printed
-    elif (
-        ranks == 2
-    ):  # the weights saved are the first rank's, which differ from those of the one that was hurt
+    elif ranks == 2 and case != "loss/zero3":
+        # The weights saved are the first rank's, which differ from those of the one that was hurt.
         assert "together in one micro-batch: finite as well" in printed
     else:
         assert all("the trainer's log-probabilities" in each.fault for each in figures)

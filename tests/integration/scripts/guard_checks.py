@@ -88,9 +88,10 @@ class Bench:
         return {name: tensor.clone() for name, tensor in self.actor.named_weights()}
 
     def break_weight(self) -> None:
-        """A weight of the last layer is not a number, in this rank's copy; ZeRO 3 keeps small ones whole."""
+        """A weight of the last layer is not a number, in this rank's copy; at ZeRO 3 in its part."""
+        weight: Any = self.actor.network.model.layers[1].mlp.up_proj.weight
         if self.is_hurt:
-            self.actor.network.model.layers[1].mlp.up_proj.weight.data.view(-1)[0] = math.nan
+            (weight.ds_tensor if self.stage == 3 else weight).data.view(-1)[0] = math.nan
 
     @contextmanager
     def broken_gradient(self) -> Iterator[None]:
