@@ -111,8 +111,8 @@ def sample(pid: int, step: int, start: float) -> Sample:
     )
 
 
-def train(out: Path, steps: int, overrides: Sequence[str]) -> Iterator[Sample]:
-    """Run so many steps; yields a sample after each. Ends this command if the run fails."""
+def train(out: Path, steps: int, minutes: float, overrides: Sequence[str]) -> Iterator[Sample]:
+    """Run so many steps, or for so long; yields a sample after each. Ends this command if the run fails."""
     metrics = out / "run" / "metrics.jsonl"
     command = [sys.executable, "-m", "searchrl.cli", "train", *SETTINGS, f"steps={steps}"]
     command += [f"run_dir={out / 'run'}", "name=soak", *overrides]
@@ -122,6 +122,8 @@ def train(out: Path, steps: int, overrides: Sequence[str]) -> Iterator[Sample]:
         try:
             while process.poll() is None:
                 time.sleep(0.02)
+                if time.monotonic() - start > 60 * minutes:
+                    return
                 written = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
                 if seen < written <= steps:
                     seen = written
@@ -186,17 +188,18 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="a folder for the run")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop there with fewer steps")
     parser.add_argument("--json", type=Path, help="where the samples and the report are written")
     parser.add_argument("--plot", type=Path, help="where the report and the charts are written, in Markdown")
     args, overrides = parser.parse_known_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    samples = list(train(args.out, args.steps, overrides))
+    samples = list(train(args.out, args.steps, args.minutes, overrides))
     rows = report(samples)
     print(table(rows))
-    print(f"{len(samples)} samples of {args.steps} steps in {samples[-1].seconds:.0f} s")
+    print(f"{len(samples)} samples, the last of step {samples[-1].step}, after {samples[-1].seconds:.0f} s")
     if args.json is not None:
         record = {
-            "steps": args.steps,
+            "steps": samples[-1].step,
             "report": rows,
             "columns": [entry.name for entry in fields(Sample)],
             "samples": [list(asdict(item).values()) for item in samples],
