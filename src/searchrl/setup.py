@@ -167,7 +167,9 @@ def open_training(cfg: Config) -> Iterator[tuple[Run, Checkpoints, Saved | None]
             say=env.console.say,
         )
         saved = checkpoints.find(must=cfg.resume is True) if cfg.resume else None
-        yield load_policy(env, initial_policy(env)), checkpoints, saved
+        run = load_policy(env, initial_policy(env))
+        with env.stop:  # before, a signal ends the process at once: nothing is lost
+            yield run, checkpoints, saved
 
 
 def load_policy(env: Environment, model: Path | str) -> Run:

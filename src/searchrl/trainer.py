@@ -51,12 +51,7 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
         cfg: a validated configuration.
         resolved: the same as plain containers, for the logs.
     """
-    with (
-        open_training(cfg) as (run, checkpoints, saved),
-        run.env.stop,
-        _heartbeat(run),
-        _rollouts(run) as rollouts,
-    ):
+    with open_training(cfg) as (run, checkpoints, saved), _heartbeat(run), _rollouts(run) as rollouts:
         env, phases = run.env, run.env.phases
         actor = make_actor(run)
         reference = _reference(run, actor)
