@@ -160,7 +160,7 @@ def retriever_outages(where: Path) -> list[Row]:
     for name, strike, expected in (
         ("connections refused", refused, "pauses, says so, goes on; nothing is void"),
         ("hung (SIGSTOP)", hung, "pauses, says so, goes on; nothing is void"),
-        ("1 s slower", slow, "searches take longer; nothing is void"),
+        ("half a second slower", slow, "searches take longer; nothing is void"),
         ("answers with a maintenance page", garbage, "pauses, says so, goes on; nothing is void"),
     ):
         seen = outage(where, strike.__name__, strike)
