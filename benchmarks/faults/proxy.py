@@ -2,8 +2,8 @@
 
     python benchmarks/faults/proxy.py UPSTREAM_PORT MODE_FILE
 
-Modes: ``ok``, ``slow`` (half a second more an answer), ``garbage`` (a page in place of every answer), ``refuse``
-(connections are closed at once).
+Modes: ``ok``, ``slow`` (half a second more an answer), ``garbage`` (a page in place of every answer),
+``refuse`` (connections are closed at once).
 """
 
 from __future__ import annotations
