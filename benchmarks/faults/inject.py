@@ -160,7 +160,7 @@ def retriever_outages(where: Path) -> list[Row]:
     for name, strike, expected in (
         ("connections refused", refused, "pauses, says so, goes on; nothing is void"),
         ("hung (SIGSTOP)", hung, "pauses, says so, goes on; nothing is void"),
-        ("1 s slower", slow, "searches take longer; nothing is void"),
+        ("half a second slower", slow, "searches take longer; nothing is void"),
         ("answers with a maintenance page", garbage, "pauses, says so, goes on; nothing is void"),
     ):
         seen = outage(where, strike.__name__, strike)
@@ -186,6 +186,53 @@ def retriever_killed(where: Path) -> list[Row]:
             code == 0 and same,
         )
     ]
+
+
+def searches(where: Path) -> list[Row]:
+    """The same for the search client alone, which needs no model: 8 x 8 searches, a fault of 8 s."""
+    import asyncio
+
+    from searchrl.retrieval.client import HttpRetriever
+    from searchrl.retrieval.meter import MeteredRetriever, RetrievalMeter
+    from searchrl.retrieval.outage import PatientRetriever
+
+    async def play(url: str, strike: Callable[[], None], heal: Callable[[], None]) -> dict[str, float]:
+        meter = RetrievalMeter()
+        client = HttpRetriever([url], timeout_s=2.0, deadline_s=4.0, meter=meter)
+        patient = PatientRetriever(client, patience_s=120.0, meter=meter, say=lambda _: None)
+        retriever = MeteredRetriever(patient, meter)
+
+        async def episode(number: int) -> None:
+            for search in range(8):
+                await retriever.search(f"capital of country {number} {search}", 1)
+                await asyncio.sleep(0.3)
+
+        asyncio.get_running_loop().call_later(1.0, strike)
+        asyncio.get_running_loop().call_later(9.0, heal)
+        await asyncio.gather(*(episode(number) for number in range(8)), return_exceptions=True)
+        await client.aclose()
+        return meter.take().metrics()
+
+    rows: list[Row] = []
+    for fault in ("refuse", "hung", "slow", "garbage"):
+        port = free_port()
+        with server(where, port) as searching, proxied(where, port) as (proxy_port, mode):
+            if fault == "hung":
+                strike, heal = (
+                    partial(searching.send_signal, signal.SIGSTOP),
+                    partial(searching.send_signal, signal.SIGCONT),
+                )
+            else:
+                strike, heal = partial(set_mode, mode, fault), partial(set_mode, mode, "ok")
+            seen = asyncio.run(play(f"http://127.0.0.1:{proxy_port}", strike, heal))
+        answered, failed, paused = (seen[f"retrieval/{name}"] for name in ("status/ok", "failed", "paused_s"))
+        told = f"{answered:.0f} of 64 answered, {failed:.0f} failed, {paused:.1f} s paused, "
+        told += f"slowest {seen['retrieval/latency_p99']:.1f} s"
+        expected = "all answered, " + ("no pause" if fault == "slow" else "after a pause")
+        rows.append(
+            (f"client alone: {fault}", expected, told, answered == 64 and (paused > 0) != (fault == "slow"))
+        )
+    return rows
 
 
 def impatient(seconds: int) -> tuple[str, ...]:
@@ -518,6 +565,7 @@ def without_times(run: Folder) -> list[dict[str, Any]]:
 
 
 FAULTS: dict[str, Callable[[Path], list[Row]]] = {
+    "searches": searches,
     "killed": retriever_killed,
     "outages": retriever_outages,
     "gone": retriever_gone,

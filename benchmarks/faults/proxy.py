@@ -2,8 +2,8 @@
 
     python benchmarks/faults/proxy.py UPSTREAM_PORT MODE_FILE
 
-Modes: ``ok``, ``slow`` (1 s more an answer), ``garbage`` (a page in place of every answer), ``refuse``
-(connections are closed at once).
+Modes: ``ok``, ``slow`` (half a second more an answer), ``garbage`` (a page in place of every answer),
+``refuse`` (connections are closed at once).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, mode
     """Bytes from one side to the other, held up as the mode says."""
     while data := await reader.read(1 << 16):
         if mode.read_text() == "slow":
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(0.5)
         writer.write(data)
         await writer.drain()
     writer.close()

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 MARK = "SEARCHRL_FAULT_RUN"
+PATIENCE_S = 900.0
+"""For what takes seconds on an idle machine."""
 SERVER = "searchrl.retrieval.server"
 SETTINGS = (
     "+experiment=smoke",
@@ -69,11 +71,11 @@ class Run(Folder):
     def text(self) -> str:
         return "".join(self.printed)
 
-    def await_text(self, pattern: str, seconds: float = 240.0) -> re.Match[str]:
+    def await_text(self, pattern: str, seconds: float = PATIENCE_S) -> re.Match[str]:
         """The first match of ``pattern`` in what the run prints."""
         return until(lambda: re.search(pattern, self.text), seconds, f"{pattern!r} in:\n{self.text}")
 
-    def await_events(self, seen: Callable[[list[dict[str, Any]]], bool], seconds: float = 240.0) -> None:
+    def await_events(self, seen: Callable[[list[dict[str, Any]]], bool], seconds: float = PATIENCE_S) -> None:
         """Wait until ``seen`` accepts the events that this run has written."""
         path = self.folder / "events.jsonl"
 
@@ -85,7 +87,7 @@ class Run(Folder):
 
         until(look, seconds, f"events in:\n{self.text}", pause_s=0.002)
 
-    def end(self, seconds: float = 240.0) -> int:
+    def end(self, seconds: float = PATIENCE_S) -> int:
         """Wait for the end; the exit code."""
         code = self.process.wait(seconds)
         time.sleep(0.5)
