@@ -65,7 +65,8 @@ def fuzz_outputs(tokenizers: list[str], number: int, seed: str) -> dict[str, Cou
     with asyncio.Runner() as runner:
         for name in tokenizers:
             source, _, size = name.partition("=")
-            tokenizer = load_tokenizer(resolve_model(source, ASSETS))
+            # A tokenizer alone is no checkpoint.
+            tokenizer = load_tokenizer(source if Path(source).is_dir() else resolve_model(source, ASSETS))
             assert isinstance(tokenizer, PreTrainedTokenizerFast)
             vocabulary = outputs.Vocabulary(tokenizer, size=int(size) if size else None)
 
