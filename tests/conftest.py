@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from integration.launch import Checks
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run unit tests first, then integration, then GPU tests; without a GPU, skip the last."""
     items.sort(key=_stage)  # stable: within a stage the order of the files stays
@@ -99,24 +100,23 @@ def lora_checks(
 @pytest.fixture(scope="session")
 def tp_checks(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_model_untied: Path) -> Checks:
     """The results of ``tp_checks``, where two ranks hold an engine; how it ends is its last check."""
-    return _checked("tp_checks", tmp_path_factory, tiny_model, tiny_model_untied, ranks=2, fails=True)[1]
+    from integration.launch import run_checks
+
+    out = tmp_path_factory.mktemp("tp_checks")
+    return run_checks("tp_checks", out, tiny_model, tiny_model_untied, ranks=2, timeout_s=900, fails=True)
 
 
 def _on_one_and_two(
     script: str, factory: pytest.TempPathFactory, *models: Path
 ) -> dict[int, tuple[Path, Checks]]:
-    alone = _checked(script, factory, *models, ranks=1)
-    # What one rank left, two may look at.
-    return {1: alone, 2: _checked(script, factory, *models, alone[0], ranks=2)}
-
-
-def _checked(
-    script: str, factory: pytest.TempPathFactory, *models: Path, ranks: int, fails: bool = False
-) -> tuple[Path, Checks]:
+    """What one rank leaves in its folder, two may look at: both are told of that folder."""
     from integration.launch import run_checks
 
-    out = factory.mktemp(f"{script}{ranks}")
-    return out, run_checks(script, out, *models, ranks=ranks, timeout_s=900, fails=fails)
+    folders = {ranks: factory.mktemp(f"{script}{ranks}") for ranks in (1, 2)}
+    return {
+        ranks: (out, run_checks(script, out, *models, folders[1], ranks=ranks, timeout_s=900))
+        for ranks, out in folders.items()
+    }
 
 
 @pytest.fixture
