@@ -39,8 +39,8 @@ quickstart: setup  ## Train SmolLM2-135M to search, on the CPU, in minutes; ARGS
 	$(BIN)/searchrl data worldfacts
 	$(BIN)/searchrl train +experiment=quickstart name=quickstart-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
-# Two at a time; integration tests start processes of their own, which take about 3 GiB each.
-PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
+# In two processes; integration tests start others, which take about 3 GiB each.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup  ## Run unit tests, then integration tests; one summary at the end
 	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu"

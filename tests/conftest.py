@@ -1,21 +1,21 @@
 """What every test shares: a quiet, deterministic environment, the order of the run, and the tiny model.
 
-``make test`` runs two tests at a time (pytest-xdist), a file's one after another, and those that look at the
-same check script too: its results are made once, by whoever needs them first.
+``make test`` runs the tests in two processes (pytest-xdist), those of a file one after another. Results of check
+scripts that tests of several files look at are made once, by the process that needs them first.
 """
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 HAS_GPU = Path("/dev/nvidiactl").exists()
-CHECKS = ("lora_checks", "update_checks", "tp_checks")
-"""Check scripts that tests of several files look at, named like their fixtures."""
-
 # Before anything imports torch: none of this can be changed afterwards. What the user has set stays.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a model hub is wrong
 os.environ.setdefault("WANDB_MODE", "disabled")
@@ -33,24 +33,17 @@ if TYPE_CHECKING:
     from integration.launch import Checks
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run unit tests first, then integration, then GPU tests; without a GPU, skip the last."""
     items.sort(key=_stage)  # stable: within a stage the order of the files stays
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
-        if not HAS_GPU and item.get_closest_marker("gpu") is not None:
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+    if not HAS_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 def _stage(item: pytest.Item) -> int:
     return 2 if item.get_closest_marker("gpu") else 1 if item.get_closest_marker("integration") else 0
-
-
-def _group(item: pytest.Item) -> str:
-    """Tests of a group run in one process."""
-    asked = item.fixturenames if isinstance(item, pytest.Function) else []
-    return next((name for name in CHECKS if name in asked), str(item.path))
 
 
 @pytest.fixture(scope="session")
@@ -100,23 +93,38 @@ def lora_checks(
 @pytest.fixture(scope="session")
 def tp_checks(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_model_untied: Path) -> Checks:
     """The results of ``tp_checks``, where two ranks hold an engine; how it ends is its last check."""
-    from integration.launch import run_checks
-
-    out = tmp_path_factory.mktemp("tp_checks")
-    return run_checks("tp_checks", out, tiny_model, tiny_model_untied, ranks=2, timeout_s=900, fails=True)
+    out = _common_folder(tmp_path_factory) / "tp_checks"
+    return _once("tp_checks", out, tiny_model, tiny_model_untied, ranks=2, fails=True)
 
 
 def _on_one_and_two(
     script: str, factory: pytest.TempPathFactory, *models: Path
 ) -> dict[int, tuple[Path, Checks]]:
     """What one rank leaves in its folder, two may look at: both are told of that folder."""
-    from integration.launch import run_checks
-
-    folders = {ranks: factory.mktemp(f"{script}{ranks}") for ranks in (1, 2)}
+    folders = {ranks: _common_folder(factory) / f"{script}{ranks}" for ranks in (1, 2)}
     return {
-        ranks: (out, run_checks(script, out, *models, folders[1], ranks=ranks, timeout_s=900))
-        for ranks, out in folders.items()
+        ranks: (out, _once(script, out, *models, folders[1], ranks=ranks)) for ranks, out in folders.items()
     }
+
+
+def _common_folder(factory: pytest.TempPathFactory) -> Path:
+    """Of all processes of this session."""
+    own = factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def _once(script: str, out: Path, *arguments: Path, ranks: int, fails: bool = False) -> Checks:
+    """Run the script, unless a process of this session has; its results."""
+    from integration.launch import Checks, run_checks
+
+    out.mkdir(exist_ok=True)
+    kept = out / "checks.json"
+    with (out / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            checks = run_checks(script, out, *arguments, ranks=ranks, timeout_s=900, fails=fails)
+            kept.write_text(json.dumps(asdict(checks)), encoding="utf-8")
+    return Checks(**json.loads(kept.read_text(encoding="utf-8")))
 
 
 @pytest.fixture
