@@ -1,7 +1,7 @@
 """What every test shares: a quiet, deterministic environment, the order of the run, and the tiny model.
 
-``make test`` runs the tests in two processes (pytest-xdist), those of a file one after another. Results of check
-scripts that tests of several files look at are made once, by the process that needs them first.
+``make test`` runs the tests in two processes (pytest-xdist), those of a file one after another. Results of
+check scripts that tests of several files look at are made once, by the process that needs them first.
 """
 
 from __future__ import annotations
