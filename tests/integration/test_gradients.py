@@ -87,7 +87,10 @@ def test_the_batches_differ_so_that_agreement_means_something(measured: dict[int
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_nothing_is_printed(measured: dict[int, Measured], ranks: int) -> None:
-    assert measured[ranks].printed == ""
+    lines = measured[ranks].printed.splitlines()
+    assert [
+        line for line in lines if "OVERFLOW" not in line
+    ] == []  # DeepSpeed's word on what the guards stop
 
 
 RETRIED = [f"{where}/zero{stage}" for stage in (0, 1, 2) for where in ("forward", "backward")]
