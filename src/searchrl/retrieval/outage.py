@@ -50,7 +50,7 @@ class PatientRetriever:
 
     async def search(self, query: str, top_k: int) -> list[Document]:
         """See `Retriever.search`."""
-        first = time.monotonic()
+        failed: float | None = None  # since when; what a search itself may take, deadline_s, does not count
         while True:
             if self._pause is not None and not self._pause.done():
                 await asyncio.shield(self._pause)  # shielded: who waits may be aborted
@@ -58,8 +58,10 @@ class PatientRetriever:
             try:
                 documents = await self._inner.search(query, top_k)
             except RetrievalError as error:
+                now = time.monotonic()
+                failed = now if failed is None else failed
                 hopeless = error.kind not in _MAY_PASS or self._has_given_up
-                if hopeless or self._worked > began or time.monotonic() - first > self._patience_s:
+                if hopeless or self._worked > began or now - failed >= self._patience_s:
                     raise
                 if not await self._outlast(query, top_k, error):
                     raise
