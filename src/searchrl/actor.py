@@ -21,7 +21,7 @@ from torch import Tensor
 
 from searchrl.batching import MicroBatch, empty_microbatch
 from searchrl.config import DType, ModelConfig, OptimizerConfig, Schedule
-from searchrl.distributed import World, reduce_values, seed_everything
+from searchrl.distributed import World, gather_objects, reduce_values, seed_everything
 from searchrl.errors import SearchrlError
 from searchrl.offload import Offloaded
 from searchrl.out_of_memory import accumulate, run_passes
@@ -40,7 +40,7 @@ from searchrl.policy import (
     save_adapters,
     token_outputs,
 )
-from searchrl.shards import read_pieces, saved_steps, write_pieces
+from searchrl.shards import ShardError, read_pieces, saved_steps, write_pieces
 from searchrl.zero import (
     NormClip,
     check_norm,
@@ -310,7 +310,16 @@ class Actor:
         steps = saved_steps(folder)
         if steps:
             make_states(self._engine, self._zero_stage, steps=steps)
-        read_pieces(trained_pieces(self._engine, self._zero_stage, self._world), folder)
+        refusal = ""
+        try:
+            read_pieces(trained_pieces(self._engine, self._zero_stage, self._world), folder)
+        except ShardError as failure:
+            refusal = str(failure)
+        for one in gather_objects(
+            refusal
+        ):  # ranks read different parts; who goes on alone would wait for ever
+            if one:
+                raise ShardError(one)
         refresh_parameters(self._engine, self._zero_stage)
 
     def export(self, folder: Path, tokenizer: Any) -> None:
