@@ -141,4 +141,4 @@ def test_a_signal_to_one_rank_reaches_the_other(tmp_path: Path) -> None:
     os.kill(int(dict(found)["1"]), signal.SIGUSR1)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0, printed
-    assert sorted(printed.splitlines()) == ["rank 0 heard of SIGUSR1", "rank 1 heard of SIGUSR1"]
+    assert [printed.count(f"rank {number} heard of SIGUSR1") for number in (0, 1)] == [1, 1]  # lines may mix
