@@ -45,7 +45,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 test: setup  ## Run unit tests, then integration tests; one summary at the end
 	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu"
 
-test-unit: setup  ## Run the unit tests only (about two minutes)
+test-unit: setup  ## Run the unit tests only (about six minutes on two cores)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not integration and not gpu"
 
 test-gpu: setup  ## Run the tests that need a GPU

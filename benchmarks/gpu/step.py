@@ -24,6 +24,9 @@ import time
 from pathlib import Path
 from statistics import median
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from policies import random_network
+
 from searchrl.model_shape import KNOWN_SHAPES, ModelShape
 from searchrl.models import resolve_model
 
@@ -40,25 +43,13 @@ PHASES = ("rollout", "swap", "logprob", "update", "sync")
 def build(shape: ModelShape, folder: Path, device: str) -> None:
     """A checkpoint of random weights in bf16, with the tokenizer of ``random:tiny``."""
     import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config
 
     tiny = resolve_model("random:tiny", Path("assets"))
     shutil.copytree(
         tiny, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json", "searchrl.json")
     )
-    config = Qwen2Config(
-        num_hidden_layers=shape.layers,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        vocab_size=shape.vocabulary,
-        tie_word_embeddings=shape.is_tied,
-        max_position_embeddings=32_768,
-    )
     torch.manual_seed(0)
-    with torch.device(device):
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    random_network(shape, device, max_position_embeddings=32_768).save_pretrained(folder)
 
 
 def matmul_tflops(device: str) -> float:

@@ -28,6 +28,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from policies import random_network
+
 if TYPE_CHECKING:
     from searchrl.batching import MicroBatch
     from searchrl.trajectory import Sample
@@ -125,27 +128,12 @@ def passes(policy: Any, batches: Sequence[MicroBatch], kind: Kind) -> None:
 
 def random_policy(shape: str) -> Any:
     """A Qwen2.5 of that size on the GPU, in bf16."""
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
     from searchrl.attention import ALONG_PATHS
     from searchrl.model_shape import KNOWN_SHAPES
     from searchrl.policy import PolicyModel
 
     sizes = KNOWN_SHAPES[f"Qwen/Qwen2.5-{shape}"]
-    config = Qwen2Config(
-        num_hidden_layers=sizes.layers,
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.kv_heads,
-        vocab_size=sizes.vocabulary,
-        tie_word_embeddings=sizes.is_tied,
-    )
-    with torch.device("cuda"):
-        network = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation=ALONG_PATHS
-        )
+    network = random_network(sizes, "cuda", attn_implementation=ALONG_PATHS)
     return PolicyModel(network, temperature=1.0, chunk_size=1024)
 
 

@@ -315,11 +315,9 @@ class Actor:
             read_pieces(trained_pieces(self._engine, self._zero_stage, self._world), folder)
         except ShardError as failure:
             refusal = str(failure)
-        for one in gather_objects(
-            refusal
-        ):  # ranks read different parts; who goes on alone would wait for ever
-            if one:
-                raise ShardError(one)
+        # Ranks read different parts: who went on alone would wait for the others for ever.
+        for refused in filter(None, gather_objects(refusal)):
+            raise ShardError(refused)
         refresh_parameters(self._engine, self._zero_stage)
 
     def export(self, folder: Path, tokenizer: Any) -> None:

@@ -49,13 +49,12 @@ def attend_along_paths(
     Raises:
         NotImplementedError: a sequence is longer than ``sliding_window``.
     """
-    if sliding_window is not None and query.shape[2] > sliding_window:
-        longest = query.shape[2] if paths is None else paths.shape[1]
-        if longest > sliding_window:
-            raise NotImplementedError(
-                f"a layer attends to {sliding_window} tokens at most, but a trajectory has up to {longest}: "
-                "set episode.max_context_tokens below it, or model.attention=flash_attention_2"
-            )
+    longest = query.shape[2] if paths is None else paths.shape[1]
+    if sliding_window is not None and longest > sliding_window:
+        raise NotImplementedError(
+            f"a layer attends to {sliding_window} tokens at most, but a trajectory has up to {longest}: "
+            "set episode.max_context_tokens below it, or model.attention=flash_attention_2"
+        )
     if paths is None or place is None:
         return sdpa_attention_forward(module, query, key, value, None, **kwargs)
     flat, shape = paths.flatten(), paths.shape
