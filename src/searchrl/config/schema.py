@@ -218,10 +218,11 @@ class BatchingConfig:
 class SyncConfig:
     """Weight synchronisation and its proof."""
 
-    probe_sequences: int = 4
-    """Fixed prompts, ends of those of training questions, that are probed after every sync."""
-    probe_tokens: int = 8
-    """Tokens that the engine continues each with, which the trainer then scores."""
+    probe_sequences: int = 1
+    """Fixed prompts, ends of those of training questions, that are probed after every sync, on every rank."""
+    probe_tokens: int = 2
+    """Tokens that the engine continues each with, which the trainer then scores. The first comes out of the
+    prompt's pass, the second through the cache that it filled: both kinds of pass that an engine makes."""
     probe_max_abs_diff: float = 0.5
     """Largest allowed difference of a log-probability, in nats. Seen: 1e-5 in fp32, 0.13 in bf16
     (docs/operations)."""
