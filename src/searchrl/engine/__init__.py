@@ -80,6 +80,7 @@ class Engine:
             # After a part of a prompt vLLM winds the request's generator back, which a CPU's cannot do.
             enable_chunked_prefill=world.device != "cpu",
             kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),
+            **_share(world.device),
             block_size=config.block_size,
             enable_sleep_mode=self._sleeps,
             seed=seed,
@@ -279,6 +280,15 @@ class Engine:
         """Stop. Destroys the default process group as well, so it is the last thing a rank does."""
         self._thread.shutdown()
         self._engine.engine_core.shutdown()
+
+
+def _share(device: str) -> dict[str, float]:
+    """How much of a GPU vLLM may count on: next to nothing.
+
+    The cache's size is given and the plan was checked, but vLLM still refuses to start on a GPU of which less
+    than this share (0.92) is free, whoever holds the rest: the trainer, or another process.
+    """
+    return {} if device == "cpu" else {"gpu_memory_utilization": 0.01}
 
 
 def _load(**settings: Any) -> Any:

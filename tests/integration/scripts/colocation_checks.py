@@ -119,7 +119,8 @@ def main(out: Path, tiny: Path) -> None:
     init_communication(world)
     folder, elements = widened(out, tiny)
     phases = Phases(None, device=world.device)
-    engine = Engine(
+    taken = torch.empty(int(0.2 * torch.cuda.mem_get_info()[1]), dtype=torch.uint8, device="cuda")
+    engine = Engine(  # starts beside whoever holds a part of the GPU
         folder,
         EngineConfig(max_num_seqs=8, kv_cache_gib=KV_GIB),
         dtype=ModelConfig().dtype,
@@ -128,6 +129,7 @@ def main(out: Path, tiny: Path) -> None:
         world=world,
         events=phases.event,
     )
+    del taken
     awake = used_gib()
     engine.sleep()
     results: dict[str, object] = {"elements": elements, "kv_gib": KV_GIB, "slept": awake - used_gib()}
