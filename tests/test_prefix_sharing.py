@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from searchrl.attention import ALONG_PATHS, attend_along_paths
 from searchrl.batching import MicroBatch, pack
+from searchrl.config import ConfigError
 from searchrl.policy import PolicyModel, token_outputs
 from searchrl.trajectory import Finish, Outcome, Sample, Trajectory, Turn
 
@@ -113,9 +114,7 @@ def test_a_window_shorter_than_a_trajectory_is_refused() -> None:
     attend_along_paths(
         torch.nn.Module(), states, states, states, None, paths=paths, place=place, sliding_window=4
     )
-    with pytest.raises(
-        NotImplementedError, match="attends to 3 tokens at most, but a trajectory has up to 4"
-    ):
+    with pytest.raises(ConfigError, match="attends to 3 tokens at most, but a trajectory has up to 4"):
         attend_along_paths(
             torch.nn.Module(), states, states, states, None, paths=paths, place=place, sliding_window=3
         )

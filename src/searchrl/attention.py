@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from searchrl.config import ConfigError
+
 ALONG_PATHS = "along_paths"
 """Its name for transformers, which makes no mask for a function that it does not know."""
 
@@ -47,11 +49,11 @@ def attend_along_paths(
         [1, n, heads, D], and no weights.
 
     Raises:
-        NotImplementedError: a sequence is longer than ``sliding_window``.
+        ConfigError: a sequence is longer than ``sliding_window``.
     """
     longest = query.shape[2] if paths is None else paths.shape[1]
     if sliding_window is not None and longest > sliding_window:
-        raise NotImplementedError(
+        raise ConfigError(
             f"a layer attends to {sliding_window} tokens at most, but a trajectory has up to {longest}: "
             "set episode.max_context_tokens below it, or model.attention=flash_attention_2"
         )
