@@ -196,16 +196,15 @@ def _junk(random: Random) -> Malformed:
 def _misspelt(random: Random, name: str) -> str:
     """One letter dropped, doubled, changed or swapped, or the wrong case."""
     at = random.randrange(len(name))
-    return random.choice(
-        (
-            name[:at] + name[at + 1 :] or "x",
-            name[:at] + name[at] + name[at:],
-            name[:at] + "q" + name[at + 1 :],
-            name[: at + 1][::-1] + name[at + 1 :],
-            name.upper(),
-            name + "s",
-        )
+    spellings = (
+        name[:at] + name[at + 1 :] or "x",
+        name[:at] + name[at] + name[at:],
+        name[:at] + "q" + name[at + 1 :],
+        name[: at + 1][::-1] + name[at + 1 :],
+        name.upper(),
+        name + "s",
     )
+    return random.choice([spelling for spelling in spellings if spelling != name])
 
 
 def check_config(malformed: Malformed) -> str:
