@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "searchrl"
 MAX_FILE, MAX_FUNCTION = 400, 60
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "answers"),
+    ("errors", "answers", "figures"),
     (
         "config",
         "trajectory",

@@ -148,9 +148,12 @@ def _train(args: argparse.Namespace) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(summary(cfg, world_size=world_size(cfg)), flush=True)
     _prepare(cfg)
+    from searchrl.evaluation.closing import commands
     from searchrl.trainer import train
 
     train(cfg, resolved)
+    if os.environ.get("RANK", "0") == "0":
+        print(commands(Path(cfg.run_dir), args.overrides), flush=True)
 
 
 def _eval(args: argparse.Namespace) -> None:

@@ -72,7 +72,12 @@ def prepare_environment(device: str) -> None:
 def say_stopping(number: int) -> None:
     """Tell, from a signal's handler, what it does. Not by print, which the signal may have interrupted."""
     name = signal.Signals(number).name
-    os.write(2, f"searchrl: {name}: stopping; Ctrl-C leaves at once\n".encode())
+    os.write(2, f"{erased_line()}searchrl: {name}: stopping; Ctrl-C leaves at once\n".encode())
+
+
+def erased_line() -> str:
+    """What to print before a message that cuts into a bar: of this process, or of a rank that was killed."""
+    return "\r\x1b[K" if os.isatty(2) and os.environ.get("TERM") != "dumb" else ""
 
 
 def matmul_gflops() -> float:

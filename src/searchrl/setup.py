@@ -74,10 +74,12 @@ class Run:
 def open_environment(cfg: Config, *, training: bool = True) -> Iterator[Environment]:
     """Questions, tokenizer and retriever; stops what it started, whatever happens."""
     world = init_world(cfg.device, engine_size=cfg.engine.tensor_parallel, timeout_s=2 * cfg.stall_timeout_s)
-    console = Console(enabled=world.is_main)
+    stop = StopRequest()
+    console = Console(enabled=world.is_main, is_stopping=lambda: stop.asked is not None)
     train_examples, eval_examples = load_questions(cfg, training=training)
     init_communication(world)
     with ExitStack() as stack:
+        stack.callback(console.close)
         runner = stack.enter_context(asyncio.Runner())
         phases = stack.enter_context(_open_phases(cfg, world, training=training))
         tokenizer = load_tokenizer(resolve_model(cfg.checkpoint or cfg.model.path, Path(cfg.assets)))
@@ -95,7 +97,7 @@ def open_environment(cfg: Config, *, training: bool = True) -> Iterator[Environm
             console=console,
             runner=runner,
             phases=phases,
-            stop=StopRequest(),
+            stop=stop,
             run_dir=Path(cfg.run_dir),
             tokenizer=tokenizer,
             protocol=protocol,

@@ -64,7 +64,7 @@ def open_retriever(
             stack.callback(lambda: runner.run(cached.aclose()))
             retriever = cached
         patient = PatientRetriever(
-            retriever, patience_s=cfg.retrieval.patience_s, meter=meter, say=console.say
+            retriever, patience_s=cfg.retrieval.patience_s, meter=meter, say=console.warn
         )
         # Servers move; that is no reason not to continue a run.
         shown = "servers that do not name their index" if identity.startswith(_UNNAMED) else identity
