@@ -11,7 +11,7 @@ from typing import Any
 
 from searchrl.actor import Actor, init_communication
 from searchrl.checkpoint import Checkpoints, Saved, identity_of
-from searchrl.config import Config, ConfigError, RetrievalKind, RewardKind
+from searchrl.config import Config, ConfigError, DataConfig, RetrievalKind, RewardKind
 from searchrl.console import Console
 from searchrl.data.readers import read_examples
 from searchrl.data.sampler import fingerprint
@@ -231,6 +231,7 @@ def load_questions(cfg: Config, *, training: bool = True) -> tuple[list[Example]
 
     train = read(cfg.data.train) if training or cfg.warm_starts else []
     held_out = read(cfg.data.eval)
+    _require_hops(train, cfg.data)
     if cfg.reward.kind is RewardKind.em_plus_evidence:
         for example in train:
             if not example.gold_passages:
@@ -239,6 +240,17 @@ def load_questions(cfg: Config, *, training: bool = True) -> tuple[list[Example]
                     f"{example.id} of {cfg.data.train} names none; choose reward=em, or add them"
                 )
     return train, held_out
+
+
+def _require_hops(train: Sequence[Example], data: DataConfig) -> None:
+    """Raise ``ConfigError`` if ``data.train_hops`` leaves no question to train on."""
+    if train and data.train_hops and not any(example.hops in data.train_hops for example in train):
+        there = sorted({example.hops for example in train})
+        raise ConfigError(
+            f"data.train_hops={list(data.train_hops)} leaves none of the {len(train):,} questions of "
+            f"{data.train}, whose metadata.hops are {', '.join(map(str, there))} (0: not given); name some "
+            "of these, or [] for all"
+        )
 
 
 def make_actor(run: Run) -> Actor:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from searchrl.errors import SearchrlError
+from searchrl.errors import InputError
 from searchrl.retrieval.wire import encodable
 
 _CHUNK = 1 << 22
@@ -27,7 +27,7 @@ GZIP_MAGIC = b"\x1f\x8b"
 """First bytes of a gzip file."""
 
 
-class CorpusError(SearchrlError, ValueError):
+class CorpusError(InputError, ValueError):
     """The corpus file is missing, compressed, empty or has a malformed line."""
 
 
