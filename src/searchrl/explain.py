@@ -24,7 +24,9 @@ _TYPE = re.compile(r"Value '?(?P<value>.*?)'? of type '.+' could not be converte
 _BOOL = re.compile(r"Value '(?P<value>.*)' is not a valid bool")
 _ENUM = re.compile(r"Invalid value '.*', expected one of \[(?P<options>.*)\]")
 
-_THERE_ALREADY = ("An item is already at", "Multiple values for", "appears more than once")
+_THERE_ALREADY = re.compile(
+    r"(?:already at '|Multiple values for |^)(?P<key>[\w.]+)(?:'?\.| appears more than once)"
+)
 
 
 def explain(error: Exception, overrides: Sequence[str], known: Sequence[str]) -> str:
@@ -49,7 +51,11 @@ def explain(error: Exception, overrides: Sequence[str], known: Sequence[str]) ->
             return f"{override}: {_no_value(whole)}"
         if bare.startswith("experiment=") and "No match in the defaults list" in whole:
             return f"{override} needs a plus, because there need not be an experiment: write +{bare}"
-        if override.startswith("+") and any(mark in whole for mark in _THERE_ALREADY):
+        if (
+            override.startswith("+")
+            and (there := _THERE_ALREADY.search(whole))
+            and there["key"] == _key(bare)
+        ):
             return f"{override} needs no plus, because there is a value to replace: write {bare}"
         if f"Ambiguous value for argument '{override}'" in whole:
             return f"{override} names several values; a list is written [A,B], text with commas in quotes"

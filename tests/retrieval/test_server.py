@@ -156,7 +156,10 @@ def test_what_keeps_it_from_starting_is_one_line(
         port = str(taken.getsockname()[1])
         for code in (MODULE, ("-m", "searchrl.cli", "serve")):
             line = failed_start(*index, *corpus, "--port", port, code=code)
-            assert line == f"cannot listen on 127.0.0.1 port {port}: Address already in use"
+            assert line == (
+                f"cannot listen on 127.0.0.1 port {port}: Address already in use; choose another --port "
+                "(0: any free one), or end what listens there"
+            )
     assert failed_start(*index, *corpus, "--port", "0", "--devices", "gpu") == (
         "devices [gpu] are neither the CPU alone nor GPUs alone: write cpu, or cuda:0, cuda:1"
     )
