@@ -108,7 +108,8 @@ class Console:
     def close(self) -> None:
         """Take away what is drawn, whoever may still want to draw."""
         with self._lock:
-            self._bars.stop()
+            if self._bars.live.is_started:  # else, without a terminal, rich would print an empty line
+                self._bars.stop()
 
     def _plain_progress(self, label: str, total: int) -> Callable[[object], None]:
         done, begun = 0, time.monotonic()

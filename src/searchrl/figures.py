@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 _GAP = "  "
 
@@ -31,6 +32,11 @@ def number(value: float, width: int, digits: int) -> str:
             if value == 0 or float(text) != 0:
                 return text
             break
+    return exponent(value, width)
+
+
+def exponent(value: float, width: int) -> str:
+    """``value`` as ``3.6e-05``, or as ``4e-05`` where only that fits into ``width`` >= 7 characters."""
     text = f"{value:.1e}"
     return text if len(text) <= width else f"{value:.0e}"
 
@@ -72,7 +78,7 @@ _COLUMNS = (  # the most important first: a narrow terminal shows as many as fit
     _Column("void", "rollout/void", 6, "{:.1%}".format),
     _Column("grad", "update/grad_norm", 7, _decimals(2)),
     _Column("ESS", "tis/ess_ratio", 6, "{:.3f}".format),
-    _Column("probe", "sync/probe_max_abs_diff", 7, "{:.1e}".format),
+    _Column("probe", "sync/probe_max_abs_diff", 7, partial(exponent, width=7)),
     _Column("rollout", "time/rollout", 7, duration),
     _Column("update", "time/update", 6, duration),
 )
