@@ -215,6 +215,16 @@ def test_a_long_wait_says_now_and_then_how_far_it_is(
     ]
 
 
+def test_text_of_models_cannot_act_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(enabled=True)
+    console.say("a\x1b[2Jb\r\x07c\x9bd\ne")
+    console.table("t", ("x",), [("\x1b]0;title\x07",)])
+    printed = capsys.readouterr().out
+    assert printed.startswith("a\\x1b[2Jb\\x0d\\x07c\\x9bd\ne\n")
+    assert "\\x1b]0;title\\x07" in printed
+    assert re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", printed) is None
+
+
 def test_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(enabled=False)
     console.say("x")

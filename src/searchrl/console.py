@@ -25,6 +25,9 @@ PLAIN_WIDTH = 140
 HEADER_EVERY = 20
 """Steps between headers."""
 
+_WRITTEN_OUT = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""Control characters in the text of a model or a corpus must not reach the terminal."""
+
 
 class Console:
     """Prints on the main rank only; plain text when standard output is no terminal."""
@@ -50,7 +53,7 @@ class Console:
     def say(self, text: str, *, style: str | None = None) -> None:
         """One line, or several. ``style``: rich's, on a terminal with colours."""
         if self._enabled:
-            self._rich.print(text, style=style, soft_wrap=True)
+            self._rich.print(text.translate(_WRITTEN_OUT), style=style, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """A line that should not be overlooked: what is wrong, but stops nothing."""
@@ -72,7 +75,7 @@ class Console:
         for number, column in enumerate(columns):
             table.add_column(column, justify="left" if number == 0 else "right")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(cell.translate(_WRITTEN_OUT) for cell in row))
         self._rich.print(table)
         self._rows = 0  # the columns of steps are named anew below it
 

@@ -12,6 +12,7 @@ QUIET_LOGGERS = (
     "deepspeed",
     "DeepSpeed",
     "transformers",
+    "huggingface_hub",
     "vllm",
     "httpx",
     "httpx2",
@@ -37,6 +38,18 @@ def prepare_environment(device: str) -> None:
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and LAUNCHER_VARIABLE not in os.environ
     if "OMP_NUM_THREADS" not in os.environ or by_torchrun:
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    settings = default_settings(device)
+    for key, value in settings.items():
+        os.environ.setdefault(key, value)
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings(
+        "ignore", rf"`torch\.distributed\.({_DEPRECATED_NAMES})` is deprecated", FutureWarning
+    )
+
+
+def default_settings(device: str) -> dict[str, str]:
+    """Variables of the environment that a run sets, but for those that the user has set."""
     settings = {
         # Threads that spin while they wait cost up to nine tenths of the throughput on shared cores.
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -48,6 +61,10 @@ def prepare_environment(device: str) -> None:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        # Bars of vLLM while it captures CUDA graphs and warms kernels up, most of which no setting of its own
+        # turns off (read in vllm 0.32's v1/worker/gpu/cudagraph_utils.py and model_executor/warmup; a CPU run
+        # has none), and of transformers. tqdm reads it when it is imported.
+        "TQDM_DISABLE": "1",
     }
     if device == "cpu":
         settings |= {
@@ -60,13 +77,7 @@ def prepare_environment(device: str) -> None:
             # Eager mode all the same, but without compiling a helper kernel for 15 s first.
             "TORCHDYNAMO_DISABLE": "1",
         }
-    for key, value in settings.items():
-        os.environ.setdefault(key, value)
-    for name in QUIET_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings(
-        "ignore", rf"`torch\.distributed\.({_DEPRECATED_NAMES})` is deprecated", FutureWarning
-    )
+    return settings
 
 
 def say_stopping(number: int) -> None:

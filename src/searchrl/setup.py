@@ -177,7 +177,8 @@ def open_training(cfg: Config) -> Iterator[tuple[Run, Checkpoints, Saved | None]
 def load_policy(env: Environment, model: Path | str) -> Run:
     """Load ``model`` into an engine that samples in ``env``."""
     cfg = env.cfg
-    env.console.say(f"engine: loading {model}")
+    fetched = "" if isinstance(model, Path) else ", from the hub unless its cache has it"
+    env.console.say(f"engine: loading {model}{fetched}")
     engine = load_engine(cfg, model, env.world, events=env.phases.event)
     rollout = Rollout(
         engine=engine,
