@@ -215,6 +215,19 @@ def test_a_long_wait_says_now_and_then_how_far_it_is(
     ]
 
 
+def test_a_table_breaks_names_of_columns_before_numbers() -> None:
+    script = (
+        "from searchrl.console import Console\n"
+        "title, columns = 'a title that is longer than its table ' * 2, ['exact match before'] * 4\n"
+        "rows = [('all', *['0.166 [0.126, 0.206]'] * 4)]\n"
+        "Console(enabled=True).table(title, ('questions', *columns), rows)\n"
+    )
+    written, _ = in_a_terminal(script, columns=110)
+    shown = screen(written)
+    assert shown[0] == "a title that is longer than its table " * 2
+    assert any(line.count("0.166 [0.126, 0.206]") == 4 for line in shown)
+
+
 def test_text_of_models_cannot_act_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(enabled=True)
     console.say("a\x1b[2Jb\r\x07c\x9bd\ne")

@@ -71,9 +71,14 @@ class Console:
         """A table; the first column is text, the others numbers."""
         if not self._enabled:
             return
-        table = Table(title=title, title_justify="left")
+        self.say(title, style="bold")  # rich would break a title into lines as short as its table
+        table = Table()
         for number, column in enumerate(columns):
-            table.add_column(column, justify="left" if number == 0 else "right")
+            table.add_column(
+                column,
+                justify="left" if number == 0 else "right",
+                min_width=max((len(row[number]) for row in rows), default=0),  # names may break, numbers not
+            )
         for row in rows:
             table.add_row(*(cell.translate(_WRITTEN_OUT) for cell in row))
         self._rich.print(table)

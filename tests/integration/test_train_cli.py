@@ -342,8 +342,8 @@ OURS = (  # every line of a run whose output goes to a pipe
     r"warm start: 8 demonstrations, for example",
     r"engine: loading assets/warmstart/[0-9a-f]{16}",
     r"sync: engine and trainer agree to \S+ nats",
-    r"(after step \d|held-out questions, before and after reinforcement learning) *",
-    r"memory of a rank at its peak, GiB, without what libraries take *",
+    r"(after step \d|held-out questions, before and after reinforcement learning)",
+    r"memory of a rank at its peak, GiB, without what libraries take",
     r"[┏┃┡│└].*[┓┃┩│┘]",  # tables
     r"step +time +left +reward .*",
     r"step \d/4 .*",

@@ -57,7 +57,7 @@ class Corpus:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise CorpusError(f"no corpus at {self.path}")
+            raise CorpusError(f"no corpus at {self.path}; name the JSONL file of passages")
         if self.path.stat().st_size == 0:
             raise CorpusError(f"{self.path} is empty")
         with self.path.open("rb") as file:
