@@ -266,6 +266,28 @@ def test_a_mistake_ends_in_one_message(
     assert ended.value.code == mistake.code
 
 
+def test_checks_before_a_run_leave_libraries_silent(workplace: Path) -> None:
+    """They import some, which read then what they may say."""
+    script = (
+        "import sys; from searchrl.cli import run\n"
+        "sys.argv = ['searchrl', 'validate', '+experiment=smoke', 'model.path=nobody/nothing']\n"
+        "run()\n"
+        "from tqdm import tqdm; list(tqdm(range(3)))\n"
+        "from huggingface_hub.utils import are_progress_bars_disabled\n"
+        "assert are_progress_bars_disabled()\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=workplace,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stderr == ""
+    assert "memory: unknown until nobody/nothing is on this machine" in ended.stdout
+
+
 HIDING = """\
 import sys
 class Hidden:

@@ -14,6 +14,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from searchrl.environment import silence
+
 if TYPE_CHECKING:
     from searchrl.config import Config
 
@@ -49,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if rest and args.function not in (_data, _serve, _index, _replay):
         parser.error(f"unrecognized arguments: {' '.join(rest)}; settings are written key=value")
     args.rest = rest
+    if args.command in _HYDRA_COMMANDS:
+        silence()  # before a check imports what reads it
     args.function(args)
 
 

@@ -42,7 +42,7 @@ class Console:
         """
         self._enabled = enabled
         # Text of a model or a corpus is shown as it is: no markup, no emoji by their names.
-        self._rich = _Terminal(
+        self._rich = Terminal(
             width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, markup=False, emoji=False
         )
         self._bars = _Bars(self._rich, is_stopping)
@@ -133,8 +133,8 @@ class Console:
         return advance
 
 
-class _Terminal(RichConsole):
-    """The cursor is never hidden: whoever kills the process could not bring it back."""
+class Terminal(RichConsole):
+    """rich's, but the cursor is never hidden: whoever kills the process could not bring it back."""
 
     def show_cursor(self, show: bool = True) -> bool:
         """Leave it as it is."""

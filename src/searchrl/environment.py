@@ -20,6 +20,17 @@ QUIET_LOGGERS = (
     "torch.distributed",
 )
 
+QUIET_VARIABLES = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    # Bars of transformers, and of vLLM while it captures CUDA graphs and warms kernels up, most of which no
+    # setting of its own turns off (read in vllm 0.32's v1/worker/gpu/cudagraph_utils.py and
+    # model_executor/warmup; a CPU run has none). tqdm reads it when it is imported.
+    "TQDM_DISABLE": "1",
+}
+
 LAUNCHER_VARIABLE = "SEARCHRL_LAUNCHER"
 """Set, to a process id, in ranks that `launcher.launch` started."""
 
@@ -38,14 +49,20 @@ def prepare_environment(device: str) -> None:
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and LAUNCHER_VARIABLE not in os.environ
     if "OMP_NUM_THREADS" not in os.environ or by_torchrun:
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // local_ranks))
-    settings = default_settings(device)
-    for key, value in settings.items():
+    silence()
+    for key, value in default_settings(device).items():
         os.environ.setdefault(key, value)
-    for name in QUIET_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings(
         "ignore", rf"`torch\.distributed\.({_DEPRECATED_NAMES})` is deprecated", FutureWarning
     )
+
+
+def silence() -> None:
+    """Keep what libraries say below an error from the terminal: before any of them is imported."""
+    for key, value in QUIET_VARIABLES.items():
+        os.environ.setdefault(key, value)
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def default_settings(device: str) -> dict[str, str]:
@@ -57,14 +74,7 @@ def default_settings(device: str) -> dict[str, str]:
         # The engine lives in this process: weights are handed over, not sent.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        # Bars of vLLM while it captures CUDA graphs and warms kernels up, most of which no setting of its own
-        # turns off (read in vllm 0.32's v1/worker/gpu/cudagraph_utils.py and model_executor/warmup; a CPU run
-        # has none), and of transformers. tqdm reads it when it is imported.
-        "TQDM_DISABLE": "1",
+        **QUIET_VARIABLES,
     }
     if device == "cpu":
         settings |= {

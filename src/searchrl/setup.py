@@ -166,7 +166,7 @@ def open_training(cfg: Config) -> Iterator[tuple[Run, Checkpoints, Saved | None]
                 retrieval=env.source,
             ),
             changes=cfg.resume_changes,
-            say=env.console.say,
+            say=env.console.warn,
         )
         saved = checkpoints.find(must=cfg.resume is True) if cfg.resume else None
         run = load_policy(env, initial_policy(env))
