@@ -7,6 +7,7 @@ that not even root may make: a mount of the kernel's.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -20,6 +21,8 @@ import pytest
 
 from integration.launch import SOURCE, environment, python
 from searchrl.cli import run
+from searchrl.config import ConfigError
+from searchrl.errors import CleanStop, own_words
 
 FORBIDDEN = "/sys/searchrl"
 
@@ -264,6 +267,29 @@ def test_a_mistake_ends_in_one_message(
     assert printed.err == f"searchrl: {mistake.message}\n"
     assert printed.out == ""
     assert ended.value.code == mistake.code
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl")
+FULL_MESSAGE = (
+    "runs/a/metrics.jsonl: No space left on device; give this user access or room there, or name another"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConfigError("x=1 is wrong"), ("x=1 is wrong", 2)),
+        (CleanStop("it failed"), ("it failed", 1)),
+        (ExceptionGroup("tasks", [ValueError("?"), ExceptionGroup("t", [FULL])]), (FULL_MESSAGE, 1)),
+        (FULL, (FULL_MESSAGE, 1)),
+        (OSError(errno.ENOSPC, "No space left on device"), None),  # who knows where
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), None),  # may be a bug
+        (ValueError("?"), None),
+        (ExceptionGroup("tasks", [ValueError("?")]), None),
+    ],
+)
+def test_what_needs_no_traceback(error: Exception, said: tuple[str, int] | None) -> None:
+    assert own_words(error) == said
 
 
 def test_checks_before_a_run_leave_libraries_silent(workplace: Path) -> None:

@@ -30,9 +30,16 @@ class CleanStop(SearchrlError, RuntimeError):  # noqa: N818  # it need not be an
 
 
 def own_words(error: Exception) -> tuple[str, int] | None:
-    """Message and exit code of an error that needs no traceback; None: it does."""
-    if isinstance(error, SearchrlError):
-        return str(error), error.exit_code
-    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; give this user access or room there, or name another", 1
-    return None
+    """Message and exit code of an error that needs no traceback, or of the first such in its groups.
+
+    None: there is none, and a traceback is needed. Groups come from the tasks that episodes run in.
+    """
+    match error:
+        case SearchrlError():
+            return str(error), error.exit_code
+        case ExceptionGroup(exceptions=parts):
+            return next(filter(None, map(own_words, parts)), None)
+        case OSError(errno=number, filename=str(name)) if number in _OF_THE_MACHINE:
+            return f"{name}: {error.strerror}; give this user access or room there, or name another", 1
+        case _:
+            return None
