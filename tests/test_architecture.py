@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "searchrl"
 MAX_FILE, MAX_FUNCTION = 400, 60
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "answers"),
+    ("errors", "answers", "figures", "explain"),
     (
         "config",
         "trajectory",
@@ -51,7 +51,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "shards",
         "preemption",
     ),
-    ("heartbeat", "policy", "zero", "model_shape", "judge", "out_of_memory", "guards"),
+    ("preflight", "heartbeat", "policy", "zero", "model_shape", "judge", "out_of_memory", "guards"),
     (
         "engine",
         "actor",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
+from integration.launch import environment
 from searchrl.environment import LAUNCHER_VARIABLE, prepare_environment
 
 CORES = len(os.sched_getaffinity(0))
@@ -45,3 +48,15 @@ def test_ranks_of_our_own_launcher_keep_the_users_threads(monkeypatch: pytest.Mo
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"OMP_NUM_THREADS": "3", "GOMP_SPINCOUNT": "0", "VLLM_LOGGING_LEVEL": "DEBUG"}
     assert given.items() <= prepared(monkeypatch, "cpu", **given).items()
+
+
+def test_bars_of_libraries_are_not_drawn() -> None:
+    script = (
+        "from searchrl.environment import prepare_environment\n"
+        "prepare_environment('cpu')\n"
+        "from tqdm import tqdm\n"
+        "from tqdm.auto import trange\n"
+        "assert list(tqdm(range(3), desc='Capturing CUDA graphs')) == list(trange(3)) == [0, 1, 2]\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, check=True)
+    assert (ended.stdout, ended.stderr) == (b"", b"")

@@ -483,6 +483,37 @@ def test_a_pause_of_the_searches_does_not_count_towards_the_deadline(
         assert group.trajectories[0].outcome is outcome
 
 
+def test_what_the_episodes_do_is_counted_to_the_end_of_each(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Seen from within the searches, and from within the engine; the third episode's search never ends."""
+    seen: list[str] = []
+
+    class Watched(Library):
+        async def __call__(self, call: ToolCall, example: Example) -> ToolResult:
+            seen.append(str(rollout.activity))
+            if len(seen) == 3:
+                await asyncio.Event().wait()
+            if len(seen) == 1:
+                raise ToolError("no connection")
+            return await super().__call__(call, example)
+
+    class Counted(ScriptedEngine):
+        async def generate(self, request: GenerationRequest) -> Generation:
+            seen.append(str(rollout.activity))
+            return await super().generate(request)
+
+    library, engine = Watched(), ScriptedEngine(tokenizer, [SEARCH, ANSWER])
+    rollout = replace(rollout_of(engine, library), limits=replace(BASE, deadline_s=0.3))
+    assert str(rollout.activity) == "0 generating, 0 searching"
+    (group,) = asyncio.run(rollout.groups([(0, EXAMPLE)], group_size=3, sampling=SAMPLING))
+    assert seen == ["2 generating, 1 searching", "1 generating, 1 searching", "0 generating, 2 searching"]
+    assert {t.outcome for t in group.trajectories} == {Outcome.TOOL_FAILED, Outcome.ANSWERED, Outcome.ABORTED}
+    assert str(rollout.activity) == "0 generating, 0 searching"  # however they ended
+    seen.clear()
+    rollout = rollout_of(Counted(tokenizer, [ANSWER]), Library())
+    asyncio.run(rollout.groups([(0, EXAMPLE)], group_size=2, sampling=SAMPLING))
+    assert seen == ["1 generating, 0 searching", "2 generating, 0 searching"]
+
+
 @pytest.mark.parametrize("at", ["the beginning", "the second group"])
 def test_a_request_to_stop_drops_what_runs(tokenizer: PreTrainedTokenizerFast, at: str) -> None:
     stop = StopRequest()

@@ -17,6 +17,7 @@ from integration.scripts.common import grouped_samples
 from searchrl.actor import Actor, init_communication
 from searchrl.algorithm.importance import NonFiniteError
 from searchrl.algorithm.losses import LossInputs, LossOutputs
+from searchrl.batching import MicroBatch
 from searchrl.config import (
     Aggregation,
     BatchingConfig,
@@ -221,7 +222,9 @@ def test_steps_are_epochs_times_mini_batches(tiny_model: Path, world: World) -> 
     metrics = apply_update(first, actor, epochs=1, step=0)
     assert metrics["loss/ratio"] == 1.0, "exactly: π_old is the current policy"
     assert metrics["loss/llds"] == 0.0
-    metrics = apply_update(update, actor, epochs=2, step=0)
+    seen: list[MicroBatch] = []
+    metrics = apply_update(update, actor, epochs=2, step=0, on_batch=seen.append)
+    assert len(seen) == 2 * update.microbatches == 2 * len(update.cut.batches)
     assert metrics["update/optimizer_steps"] == 6
     assert metrics["loss/llds"] > 0
     assert metrics["loss/policy_k3"] > 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import shlex
 import signal
@@ -14,6 +13,8 @@ from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from searchrl.environment import silence
 
 if TYPE_CHECKING:
     from searchrl.config import Config
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if rest and args.function not in (_data, _serve, _index, _replay):
         parser.error(f"unrecognized arguments: {' '.join(rest)}; settings are written key=value")
     args.rest = rest
+    if args.command in _HYDRA_COMMANDS:
+        silence()  # before a check imports what reads it
     args.function(args)
 
 
@@ -87,6 +90,7 @@ def compose_config(overrides: Sequence[str]) -> tuple[Config, dict[str, Any]]:
     from omegaconf.errors import OmegaConfBaseException
 
     from searchrl.config import Config, ConfigError
+    from searchrl.explain import explain
 
     ConfigStore.instance().store(name="schema", node=Config)
     try:
@@ -94,7 +98,7 @@ def compose_config(overrides: Sequence[str]) -> tuple[Config, dict[str, Any]]:
             composed = compose("train", overrides=list(overrides))
         cfg = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException, AttributeError) as error:
-        raise ConfigError(_explain(error, overrides, Config)) from error
+        raise ConfigError(explain(error, overrides, _keys(Config))) from error
     assert isinstance(cfg, Config)
     resolved = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(resolved, dict)
@@ -105,25 +109,6 @@ def config_folder() -> Path:
     """Folder of the YAML files: inside the installed package, or beside ``src`` in a checkout."""
     packaged = Path(str(files("searchrl"))) / "conf"
     return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "conf"
-
-
-def _explain(error: Exception, overrides: Sequence[str], schema: type) -> str:
-    """Hydra's message with its cause, and the nearest known key for an unknown one."""
-    lines = [str(error).strip()]
-    cause = error.__cause__
-    while cause is not None:
-        text = str(cause).strip().partition("\n")[0]
-        if text not in lines[0]:
-            lines.append(text)
-        cause = cause.__cause__
-    known = _keys(schema)
-    for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
-        free = key.rpartition(".")[0].endswith(".kwargs")  # a custom function's own arguments
-        if key not in known and not free and not key.startswith("experiment"):
-            near = difflib.get_close_matches(key, known, n=1)
-            lines.append(f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    return "\n".join(lines)
 
 
 def _keys(schema: Any, prefix: str = "") -> list[str]:
@@ -141,21 +126,24 @@ def _train(args: argparse.Namespace) -> None:
     from searchrl.plan import summary
 
     cfg, resolved = load_config(args.overrides)
-    _check_memory(cfg)
+    _check_machine(cfg)
     _claim_run_dir(cfg, resolved)
     if _launched(args, cfg):
         return
     if os.environ.get("RANK", "0") == "0":
         print(summary(cfg, world_size=world_size(cfg)), flush=True)
     _prepare(cfg)
+    from searchrl.evaluation.closing import commands
     from searchrl.trainer import train
 
     train(cfg, resolved)
+    if os.environ.get("RANK", "0") == "0":
+        print(commands(Path(cfg.run_dir), args.overrides), flush=True)
 
 
 def _eval(args: argparse.Namespace) -> None:
     cfg, resolved = load_config(args.overrides, training=False)
-    _check_memory(cfg, training=False)
+    _check_machine(cfg, training=False)
     _claim_run_dir(cfg, resolved, training=False)
     if _launched(args, cfg):
         return
@@ -167,9 +155,8 @@ def _eval(args: argparse.Namespace) -> None:
 
 def _launched(args: argparse.Namespace, cfg: Config) -> bool:
     """Give the command to several ranks on this machine, if it is to run in so many; True once they ended."""
-    from searchrl.launcher import is_rank, launch, require_devices, world_size
+    from searchrl.launcher import is_rank, launch, world_size
 
-    require_devices(cfg)
     if is_rank() or world_size(cfg) == 1:
         return False
     launch(["-m", "searchrl.cli", args.command, *args.overrides], world_size(cfg))
@@ -181,12 +168,13 @@ def _validate(args: argparse.Namespace) -> None:
     from searchrl.plan import describe
 
     cfg, _ = load_config(args.overrides)
+    plan = describe(cfg, world_size=world_size(cfg))
     print(
         f"valid: {cfg.steps} steps of {cfg.groups_per_step} groups x {cfg.group_size} = "
         f"{cfg.groups_per_step * cfg.group_size} trajectories, "
         f"{cfg.steps * cfg.groups_per_step * cfg.group_size} in all; run directory {cfg.run_dir}"
     )
-    print(describe(cfg, world_size=world_size(cfg)))
+    print(plan)
     if cfg.device_memory_gib:
         _check_memory(cfg)
         print(f"  fits {cfg.device_memory_gib:g} GiB")
@@ -194,6 +182,7 @@ def _validate(args: argparse.Namespace) -> None:
 
 def _warmstart(args: argparse.Namespace) -> None:
     cfg, _ = load_config(args.overrides)
+    _check_machine(cfg)
     if _launched(args, cfg):
         return
     _prepare(cfg)
@@ -254,6 +243,18 @@ def _replay(args: argparse.Namespace) -> None:
     replay(given.path, model=given.model, device=given.device)
 
 
+def _check_machine(cfg: Config, *, training: bool = True) -> None:
+    """Refuse what this machine lacks: GPUs, packages, the model, memory."""
+    from searchrl.launcher import require_devices
+    from searchrl.preflight import require_model, require_packages
+
+    require_devices(cfg)
+    require_packages(cfg)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        require_model(cfg)
+    _check_memory(cfg, training=training)
+
+
 def _check_memory(cfg: Config, *, training: bool = True) -> None:
     """Refuse a run whose plan cannot fit; one rank of a machine speaks for all."""
     from searchrl.launcher import local_ranks, world_size
@@ -283,8 +284,14 @@ def _claim_run_dir(cfg: Config, resolved: dict[str, Any], *, training: bool = Tr
         )
     if cfg.resume and training:
         check_settings(cfg)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(resolved), run_dir / "config.yaml")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.create(resolved), run_dir / "config.yaml")
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={run_dir} cannot be written ({error.strerror}: {error.filename}); choose another with "
+            "run_dir=... or make it writable"
+        ) from error
 
 
 def _prepare(cfg: Config) -> None:
@@ -315,22 +322,21 @@ _FLAG_COMMANDS = (  # they take flags of their own, not Hydra's overrides
 
 def run() -> None:
     """``main`` with errors that explain themselves reported as one message instead of a traceback."""
-    from searchrl.errors import SearchrlError
+    from searchrl.errors import own_words
     from searchrl.launcher import join_launcher, tell_launcher
 
     join_launcher()
     try:
         main()
-    except SearchrlError as error:
-        if not tell_launcher(f"searchrl: {error}", error.exit_code):
-            print(f"searchrl: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from error
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
-    except Exception:  # of whatever kind: the launcher prints it, or it goes on
-        if not tell_launcher(traceback.format_exc(), 1):
-            raise
-        raise SystemExit(1) from None
+    except Exception as error:  # of whatever kind: the launcher prints it, or it goes on
+        message, code = own_words(error) or (None, 1)
+        if not tell_launcher(f"searchrl: {message}" if message else traceback.format_exc(), code):
+            if message is None:
+                raise
+            print(f"searchrl: {message}", file=sys.stderr)
+        raise SystemExit(code) from error
 
 
 if __name__ == "__main__":

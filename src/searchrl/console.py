@@ -1,90 +1,184 @@
-"""What a person at the terminal sees: progress while it lasts, one line per step, tables at the end."""
+"""What a person at the terminal sees: progress while it lasts, a line of figures per step, tables at the end.
+
+Without a terminal (a file, a pipe, a cluster's log) the same without bars and control characters.
+"""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console as RichConsole
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-PLAIN_PROGRESS_S = 20.0
-"""Seconds between lines of progress where there is no terminal to draw a bar in."""
+from searchrl.figures import StepLines, duration
 
-_STEP_COLUMNS = (
-    ("reward", "reward/mean", "{:.3f}"),
-    ("em", "reward/exact_match", "{:.3f}"),
-    ("searches", "search_r1/search_calls_per_sample", "{:.2f}"),
-    ("tokens", "rollout/sampled_tokens", "{:.0f}"),
-    ("signal", "rollout/informative_groups", "{:.0%}"),
-    ("grad", "update/grad_norm", "{:.2f}"),
-    ("ess", "tis/ess_ratio", "{:.3f}"),
-    ("probe", "sync/probe_max_abs_diff", "{:.1e}"),
-    ("rollout s", "time/rollout", "{:.0f}"),
-    ("update s", "time/update", "{:.0f}"),
-)
+PLAIN_PROGRESS_S = 60.0
+"""Seconds between lines of progress where there is no terminal to draw a bar in."""
+PLAIN_WIDTH = 140
+"""Columns of a file or a pipe, whatever somebody's terminal would have."""
+HEADER_EVERY = 20
+"""Steps between headers."""
+
+_WRITTEN_OUT = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""Control characters in the text of a model or a corpus must not reach the terminal."""
 
 
 class Console:
     """Prints on the main rank only; plain text when standard output is no terminal."""
 
-    def __init__(self, *, enabled: bool) -> None:
-        self._enabled = enabled
-        # Files and pipes get whole lines, whatever width somebody's terminal would have.
-        self._rich = RichConsole(width=None if sys.stdout.isatty() else 140, highlight=False)
+    def __init__(self, *, enabled: bool, is_stopping: Callable[[], bool] = lambda: False) -> None:
+        """Print nothing yet.
 
-    def say(self, text: str) -> None:
-        """One line."""
+        Args:
+            enabled: False: nothing is ever printed.
+            is_stopping: asked whenever a bar would be drawn. None is drawn once the run was asked to stop:
+                what comes next may end the process at any moment, and would leave half a bar.
+        """
+        self._enabled = enabled
+        # Text of a model or a corpus is shown as it is: no markup, no emoji by their names.
+        self._rich = Terminal(
+            width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, markup=False, emoji=False
+        )
+        self._bars = _Bars(self._rich, is_stopping)
+        self._lock = threading.Lock()
+        self._rows = 0
+        self._pace = _Pace()
+
+    def say(self, text: str, *, style: str | None = None) -> None:
+        """One line, or several. ``style``: rich's, on a terminal with colours."""
         if self._enabled:
-            self._rich.print(text, markup=False)
+            self._rich.print(text.translate(_WRITTEN_OUT), style=style, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """A line that should not be overlooked: what is wrong, but stops nothing."""
+        self.say(text, style="bold yellow")
 
     def step(self, step: int, steps: int, metrics: dict[str, float]) -> None:
-        """The line of key figures of a step; figures that this step has not are left out."""
-        parts = [
-            f"{label} {form.format(metrics[name])}" for label, name, form in _STEP_COLUMNS if name in metrics
-        ]
-        self.say(f"step {step}/{steps}  " + "  ".join(parts))
+        """The line of key figures of a step, under a header now and then."""
+        lines = StepLines(steps=steps, width=self._rich.width)
+        if self._rows % HEADER_EVERY == 0:
+            self.say(lines.header(), style="bold")
+        self._rows += 1
+        self.say(lines.row(step, metrics, self._pace.left_s(steps - step, metrics.get("time/step", 0.0))))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table; the first column is text, the others numbers."""
         if not self._enabled:
             return
-        table = Table(title=title, title_justify="left")
+        self.say(title, style="bold")  # rich would break a title into lines as short as its table
+        table = Table()
         for number, column in enumerate(columns):
-            table.add_column(column, justify="left" if number == 0 else "right")
+            table.add_column(
+                column,
+                justify="left" if number == 0 else "right",
+                min_width=max((len(row[number]) for row in rows), default=0),  # names may break, numbers not
+            )
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(cell.translate(_WRITTEN_OUT) for cell in row))
         self._rich.print(table)
+        self._rows = 0  # the columns of steps are named anew below it
 
     @contextmanager
-    def progress(self, label: str, total: int) -> Iterator[Callable[[object], None]]:
-        """Yields a function to be called once per finished item. Without a terminal: a line now and then."""
-        if not self._enabled:
+    def progress(
+        self, label: str, total: int, *, detail: object = "", in_step: bool = False
+    ) -> Iterator[Callable[[object], None]]:
+        """Yields a function to be called once per finished item, from any thread.
+
+        Args:
+            label: what is counted.
+            total: how many there will be.
+            detail: ``str(detail)`` stands beside the bar, asked for anew whenever it is drawn.
+            in_step: it is a part of a step, which has its line anyway. Without a terminal nothing is said of
+                it, and of everything else a line now and then.
+        """
+        if not self._enabled or (in_step and not self._rich.is_terminal):
             yield lambda _: None
         elif not self._rich.is_terminal:
             yield self._plain_progress(label, total)
         else:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
-            with Progress(*columns, console=self._rich, transient=True) as bar:
-                task = bar.add_task(label, total=total)
-                yield lambda _: bar.advance(task)
+            with self._lock:
+                self._bars.start()
+                task = self._bars.add_task(label, total=total, detail=detail)
+            try:
+                yield lambda _: self._bars.advance(task)
+            finally:
+                with self._lock:
+                    self._bars.remove_task(task)
+                    if not self._bars.tasks:
+                        self._bars.stop()
+
+    def close(self) -> None:
+        """Take away what is drawn, whoever may still want to draw."""
+        with self._lock:
+            if self._bars.live.is_started:  # else, without a terminal, rich would print an empty line
+                self._bars.stop()
 
     def _plain_progress(self, label: str, total: int) -> Callable[[object], None]:
-        done, said = 0, time.monotonic()
+        done, begun = 0, time.monotonic()
+        said = begun
 
         def advance(_: object) -> None:
             nonlocal done, said
-            done += 1
-            if time.monotonic() - said >= PLAIN_PROGRESS_S:
-                said = time.monotonic()
-                self.say(f"{label}: {done}/{total}")
+            done, now = done + 1, time.monotonic()
+            if now - said >= PLAIN_PROGRESS_S:
+                said = now
+                self.say(f"{label}: {done}/{total}, {duration((now - begun) / done * (total - done))} left")
 
         return advance
+
+
+class Terminal(RichConsole):
+    """rich's, but the cursor is never hidden: whoever kills the process could not bring it back."""
+
+    def show_cursor(self, show: bool = True) -> bool:
+        """Leave it as it is."""
+        del show
+        return False
+
+
+class _Bars(Progress):
+    """One line, whatever goes on: of several bars (an update while the next rollout runs) the newest.
+
+    More lines could not be taken away by another process, which has to where this one is killed.
+    """
+
+    def __init__(self, console: RichConsole, is_stopping: Callable[[], bool]) -> None:
+        self._is_stopping = is_stopping
+        super().__init__(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}", markup=False),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            refresh_per_second=4,
+            # rich would print to standard output what goes to standard error, even if that is a file.
+            redirect_stderr=sys.stderr.isatty(),
+        )
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What is drawn."""
+        if not self._is_stopping():
+            yield self.make_tasks_table(self.tasks[-1:])
+
+
+class _Pace:
+    """How fast a run's steps follow one another, evaluations and checkpoints between them included."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._begun = 0.0
+
+    def left_s(self, steps: int, seconds: float) -> float:
+        """Seconds that ``steps`` more will take, called at the end of each, which took ``seconds``."""
+        if self._steps == 0:
+            self._begun = time.monotonic() - seconds
+        self._steps += 1
+        return steps * (time.monotonic() - self._begun) / self._steps

@@ -19,14 +19,14 @@ from typing import Any
 
 from searchrl.config import Config
 from searchrl.distributed import World
-from searchrl.errors import SearchrlError
+from searchrl.errors import InputError
 from searchrl.guards import Evidence, Fault, KnownValues, NonFiniteStepError
 from searchrl.trajectory import Finish, Outcome, Provenance, Sample, Trajectory, Turn
 
 _FORMAT = 1
 
 
-class DumpError(SearchrlError, RuntimeError):
+class DumpError(InputError, RuntimeError):
     """A folder holds no dump that can be used; the message names it."""
 
 

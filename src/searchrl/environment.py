@@ -12,12 +12,24 @@ QUIET_LOGGERS = (
     "deepspeed",
     "DeepSpeed",
     "transformers",
+    "huggingface_hub",
     "vllm",
     "httpx",
     "httpx2",
     "mcp",
     "torch.distributed",
 )
+
+QUIET_VARIABLES = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    # Bars of transformers, and of vLLM while it captures CUDA graphs and warms kernels up, most of which no
+    # setting of its own turns off (read in vllm 0.32's v1/worker/gpu/cudagraph_utils.py and
+    # model_executor/warmup; a CPU run has none). tqdm reads it when it is imported.
+    "TQDM_DISABLE": "1",
+}
 
 LAUNCHER_VARIABLE = "SEARCHRL_LAUNCHER"
 """Set, to a process id, in ranks that `launcher.launch` started."""
@@ -37,6 +49,24 @@ def prepare_environment(device: str) -> None:
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and LAUNCHER_VARIABLE not in os.environ
     if "OMP_NUM_THREADS" not in os.environ or by_torchrun:
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    silence()
+    for key, value in default_settings(device).items():
+        os.environ.setdefault(key, value)
+    warnings.filterwarnings(
+        "ignore", rf"`torch\.distributed\.({_DEPRECATED_NAMES})` is deprecated", FutureWarning
+    )
+
+
+def silence() -> None:
+    """Keep what libraries say below an error from the terminal: before any of them is imported."""
+    for key, value in QUIET_VARIABLES.items():
+        os.environ.setdefault(key, value)
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def default_settings(device: str) -> dict[str, str]:
+    """Variables of the environment that a run sets, but for those that the user has set."""
     settings = {
         # Threads that spin while they wait cost up to nine tenths of the throughput on shared cores.
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -44,10 +74,7 @@ def prepare_environment(device: str) -> None:
         # The engine lives in this process: weights are handed over, not sent.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        **QUIET_VARIABLES,
     }
     if device == "cpu":
         settings |= {
@@ -60,19 +87,18 @@ def prepare_environment(device: str) -> None:
             # Eager mode all the same, but without compiling a helper kernel for 15 s first.
             "TORCHDYNAMO_DISABLE": "1",
         }
-    for key, value in settings.items():
-        os.environ.setdefault(key, value)
-    for name in QUIET_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings(
-        "ignore", rf"`torch\.distributed\.({_DEPRECATED_NAMES})` is deprecated", FutureWarning
-    )
+    return settings
 
 
 def say_stopping(number: int) -> None:
     """Tell, from a signal's handler, what it does. Not by print, which the signal may have interrupted."""
     name = signal.Signals(number).name
-    os.write(2, f"searchrl: {name}: stopping; Ctrl-C leaves at once\n".encode())
+    os.write(2, f"{erased_line()}searchrl: {name}: stopping; Ctrl-C leaves at once\n".encode())
+
+
+def erased_line() -> str:
+    """What to print before a message that cuts into a bar: of this process, or of a rank that was killed."""
+    return "\r\x1b[K" if os.isatty(2) and os.environ.get("TERM") != "dumb" else ""
 
 
 def matmul_gflops() -> float:

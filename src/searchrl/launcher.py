@@ -29,7 +29,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from searchrl.config import Config, ConfigError, Device
-from searchrl.environment import LAUNCHER_VARIABLE, say_stopping
+from searchrl.environment import LAUNCHER_VARIABLE, erased_line, say_stopping
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -192,7 +192,7 @@ def _last_words(folder: Path) -> int:
     if not words:
         return 0
     first = min(words, key=lambda told: float(told["seconds"]))
-    print(first["message"], file=sys.stderr, flush=True)
+    print(erased_line() + first["message"], file=sys.stderr, flush=True)
     return int(first["exit_code"])
 
 
@@ -215,5 +215,5 @@ def _explain(error: ChildFailedError) -> int:
         message = f"searchrl: rank {rank} was killed by {first.signal_name()}; the other ranks were ended"
     else:
         message = f"searchrl: rank {rank} ended with exit code {first.exitcode} and without a word"
-    print(message, file=sys.stderr, flush=True)
+    print(erased_line() + message, file=sys.stderr, flush=True)
     return code

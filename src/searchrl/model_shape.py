@@ -113,6 +113,9 @@ KNOWN_SHAPES = {
 }
 """What models of the shipped experiments say in their ``config.json``: their plan needs no download."""
 
+_CONTEXTS = dict.fromkeys(("package:smollm2-135m", "random:tiny", "random:tiny-untied"), 8192)
+"""Of those of them that have a folder only once they are built: their ``max_position_embeddings``."""
+
 
 def find_shape(model: str) -> ModelShape | None:
     """The shape of ``model.path`` if the table or a ``config.json`` on this machine knows it, else None.
@@ -122,18 +125,54 @@ def find_shape(model: str) -> ModelShape | None:
     Raises:
         ModelError: a ``config.json`` cannot be read.
     """
-    folder = Path(model).expanduser()
-    if model and folder.is_dir():  # before the table: loading, too, takes a folder of a hub model's name
-        return read_shape(folder / "config.json")
-    if model in KNOWN_SHAPES:
+    # Not the table first: loading, too, takes a folder of a hub model's name.
+    if model in KNOWN_SHAPES and not Path(model).expanduser().is_dir():
         return KNOWN_SHAPES[model]
+    path = _config_file(model)
+    return None if path is None else read_shape(path)
+
+
+def context_limit(model: str) -> int | None:
+    """How many tokens the model can read, if the table or a ``config.json`` on this machine says so.
+
+    None also where positions are scaled: then the engine knows how far.
+
+    Raises:
+        ModelError: a ``config.json`` cannot be read.
+    """
+    if model in _CONTEXTS:
+        return _CONTEXTS[model]
+    path = _config_file(model)
+    if path is None:
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        limit = config.get("max_position_embeddings")
+        return None if limit is None or "factor" in rope else int(limit)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _config_file(model: str) -> Path | None:
+    """The model's ``config.json`` in its folder, else in the hub's cache."""
+    folder = Path(model).expanduser()
+    if model and folder.is_dir():
+        return folder / "config.json"
     from huggingface_hub import try_to_load_from_cache
 
     try:
         cached = try_to_load_from_cache(model, "config.json")
     except ValueError:  # no hub name either; loading says so
         return None
-    return read_shape(Path(cached)) if isinstance(cached, str) else None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _unreadable(path: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"{path} is no model configuration ({error!r}); name another folder, or write it again with "
+        "save_pretrained"
+    )
 
 
 def read_shape(path: Path) -> ModelShape | None:
@@ -161,7 +200,4 @@ def read_shape(path: Path) -> ModelShape | None:
             has_qk_norm=family == "qwen3",
         )
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ModelError(
-            f"{path} is no model configuration ({error!r}); name another folder, or write it again with "
-            "save_pretrained"
-        ) from error
+        raise _unreadable(path, error) from error

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from searchrl.data.packages import fetch_wheel
-from searchrl.errors import SearchrlError
+from searchrl.errors import InputError
 from searchrl.trust import trusted
 
 if TYPE_CHECKING:  # torch and transformers cost seconds; a model that is already built needs neither
@@ -86,7 +86,7 @@ _GGUF_LAYER = {
 _GGUF_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
-class ModelError(SearchrlError, RuntimeError):
+class ModelError(InputError, RuntimeError):
     """A model's name leads nowhere, or its folder is not a checkpoint. The message says what to do."""
 
 
@@ -97,17 +97,17 @@ def resolve_model(name: str, assets: Path) -> Path | str:
     or not at all. See the module's docstring for the names. Raises ``ModelError``, or ``DataError`` if a
     package cannot be downloaded.
     """
-    if name in _BUILDERS:
-        folder, source, build = _BUILDERS[name]
+    if name in BUILDERS:
+        folder, source, build = BUILDERS[name]
         return _built(assets / "models" / folder, f"{name} {source}", lambda to: build(to, assets))
     if name.startswith(("package:", "random:")):
-        raise ModelError(f"no model is called {name!r}; there are {', '.join(sorted(_BUILDERS))}")
+        raise ModelError(f"no model is called {name!r}; there are {', '.join(sorted(BUILDERS))}")
     path = Path(name).expanduser()
     if name and path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(
                 f"{path} is not a Hugging Face checkpoint: it has no config.json; name the folder that "
-                "save_pretrained or `searchrl export` wrote"
+                "training (runs/NAME/model) or save_pretrained wrote"
             )
         return trusted(path)
     if name and path.exists():
@@ -115,7 +115,7 @@ def resolve_model(name: str, assets: Path) -> Path | str:
     if not _HUB_NAME.fullmatch(name):
         raise ModelError(
             f"model {name!r} is no existing folder and cannot be a hub name (name or org/name); "
-            f"correct the path, or use one of {', '.join(sorted(_BUILDERS))}"
+            f"correct the path, or use one of {', '.join(sorted(BUILDERS))}"
         )
     return name
 
@@ -391,7 +391,7 @@ def _tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-_BUILDERS: dict[str, tuple[str, str, Callable[[Path, Path], None]]] = {
+BUILDERS: dict[str, tuple[str, str, Callable[[Path, Path], None]]] = {
     "package:smollm2-135m": ("smollm2-135m-instruct", SMOLLM2_WHEEL, _build_smollm2),
     "package:minilm": ("minilm", MINILM_WHEEL, _build_minilm),
     "random:tiny": ("random-tiny", TINY_SOURCE, lambda to, _: _build_tiny(to, tied=True)),

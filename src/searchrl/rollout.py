@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from searchrl.config import EpisodeConfig, SamplingConfig
 from searchrl.distributed import derived_seed
@@ -19,6 +20,38 @@ _POLL_S = 0.1
 """How often a rollout looks whether its time is over."""
 
 
+@dataclass(slots=True)
+class Activity:
+    """What the episodes under way are doing, for whoever watches them."""
+
+    running: int = 0
+    """Begun and not ended."""
+    searching: int = 0
+    """Of these: their turn is the tool's; the others wait for the engine."""
+
+    @contextmanager
+    def episode(self) -> Iterator[None]:
+        """The block is an episode."""
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+
+    @contextmanager
+    def search(self) -> Iterator[None]:
+        """Within an episode the block is a call of the tool."""
+        self.searching += 1
+        try:
+            yield
+        finally:
+            self.searching -= 1
+
+    def __str__(self) -> str:
+        """``12 generating, 4 searching``."""
+        return f"{self.running - self.searching} generating, {self.searching} searching"
+
+
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Rollout:
     """What every episode of a run shares."""
@@ -30,6 +63,8 @@ class Rollout:
     seed: int
     paused_s: Callable[[], float] = lambda: 0.0
     """Seconds that searches have paused so far: they do not count towards a deadline."""
+    activity: Activity = field(default_factory=Activity)
+    """Counts; nothing depends on it."""
 
     async def groups(
         self,
@@ -116,7 +151,8 @@ class Rollout:
         prompt_ids = self.protocol.prompt(example)
         turns: list[Turn] = []
         try:
-            return await self._play(prompt_ids, turns, example, sampling, key)
+            with self.activity.episode():
+                return await self._play(prompt_ids, turns, example, sampling, key)
         except asyncio.CancelledError:
             if late is None or not late.is_set():
                 raise
@@ -161,7 +197,8 @@ class Rollout:
                     invalid_in_a_row = 0
                     turn.call = call
                     try:
-                        turn.result = await self.tool(call, example)
+                        with self.activity.search():
+                            turn.result = await self.tool(call, example)
                     except ToolError as error:
                         return end(Outcome.TOOL_FAILED, error=str(error))
                     said = self.protocol.observation(turn.result.documents)

@@ -11,7 +11,7 @@ from typing import Any
 
 from searchrl.actor import Actor, init_communication
 from searchrl.checkpoint import Checkpoints, Saved, identity_of
-from searchrl.config import Config, ConfigError, RetrievalKind, RewardKind
+from searchrl.config import Config, ConfigError, DataConfig, RetrievalKind, RewardKind
 from searchrl.console import Console
 from searchrl.data.readers import read_examples
 from searchrl.data.sampler import fingerprint
@@ -74,10 +74,12 @@ class Run:
 def open_environment(cfg: Config, *, training: bool = True) -> Iterator[Environment]:
     """Questions, tokenizer and retriever; stops what it started, whatever happens."""
     world = init_world(cfg.device, engine_size=cfg.engine.tensor_parallel, timeout_s=2 * cfg.stall_timeout_s)
-    console = Console(enabled=world.is_main)
+    stop = StopRequest()
+    console = Console(enabled=world.is_main, is_stopping=lambda: stop.asked is not None)
     train_examples, eval_examples = load_questions(cfg, training=training)
     init_communication(world)
     with ExitStack() as stack:
+        stack.callback(console.close)
         runner = stack.enter_context(asyncio.Runner())
         phases = stack.enter_context(_open_phases(cfg, world, training=training))
         tokenizer = load_tokenizer(resolve_model(cfg.checkpoint or cfg.model.path, Path(cfg.assets)))
@@ -95,7 +97,7 @@ def open_environment(cfg: Config, *, training: bool = True) -> Iterator[Environm
             console=console,
             runner=runner,
             phases=phases,
-            stop=StopRequest(),
+            stop=stop,
             run_dir=Path(cfg.run_dir),
             tokenizer=tokenizer,
             protocol=protocol,
@@ -164,7 +166,7 @@ def open_training(cfg: Config) -> Iterator[tuple[Run, Checkpoints, Saved | None]
                 retrieval=env.source,
             ),
             changes=cfg.resume_changes,
-            say=env.console.say,
+            say=env.console.warn,
         )
         saved = checkpoints.find(must=cfg.resume is True) if cfg.resume else None
         run = load_policy(env, initial_policy(env))
@@ -175,7 +177,8 @@ def open_training(cfg: Config) -> Iterator[tuple[Run, Checkpoints, Saved | None]
 def load_policy(env: Environment, model: Path | str) -> Run:
     """Load ``model`` into an engine that samples in ``env``."""
     cfg = env.cfg
-    env.console.say(f"engine: loading {model}")
+    fetched = "" if isinstance(model, Path) else ", from the hub unless its cache has it"
+    env.console.say(f"engine: loading {model}{fetched}")
     engine = load_engine(cfg, model, env.world, events=env.phases.event)
     rollout = Rollout(
         engine=engine,
@@ -229,6 +232,7 @@ def load_questions(cfg: Config, *, training: bool = True) -> tuple[list[Example]
 
     train = read(cfg.data.train) if training or cfg.warm_starts else []
     held_out = read(cfg.data.eval)
+    _require_hops(train, cfg.data)
     if cfg.reward.kind is RewardKind.em_plus_evidence:
         for example in train:
             if not example.gold_passages:
@@ -237,6 +241,17 @@ def load_questions(cfg: Config, *, training: bool = True) -> tuple[list[Example]
                     f"{example.id} of {cfg.data.train} names none; choose reward=em, or add them"
                 )
     return train, held_out
+
+
+def _require_hops(train: Sequence[Example], data: DataConfig) -> None:
+    """Raise ``ConfigError`` if ``data.train_hops`` leaves no question to train on."""
+    if train and data.train_hops and not any(example.hops in data.train_hops for example in train):
+        there = sorted({example.hops for example in train})
+        raise ConfigError(
+            f"data.train_hops={list(data.train_hops)} leaves none of the {len(train):,} questions of "
+            f"{data.train}, whose metadata.hops are {', '.join(map(str, there))} (0: not given); name some "
+            "of these, or [] for all"
+        )
 
 
 def make_actor(run: Run) -> Actor:

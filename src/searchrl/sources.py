@@ -13,7 +13,7 @@ from pathlib import Path
 from searchrl.config import Config, ConfigError, IndexKind, RetrievalKind
 from searchrl.console import Console
 from searchrl.distributed import World, barrier, gather_objects
-from searchrl.errors import SearchrlError
+from searchrl.errors import InputError
 from searchrl.models import resolve_model
 from searchrl.retrieval.cache import CachedRetriever, DiskCache, ReplayRetriever
 from searchrl.retrieval.client import HttpRetriever
@@ -28,7 +28,7 @@ SHUFFLE_SEED = 1
 """Which unrelated passages ``retrieval.shuffle_documents`` returns: the same in every run."""
 
 
-class SourceError(SearchrlError, RuntimeError):
+class SourceError(InputError, RuntimeError):
     """The configured source of search results does not answer, or not as this run needs it."""
 
 
@@ -64,7 +64,7 @@ def open_retriever(
             stack.callback(lambda: runner.run(cached.aclose()))
             retriever = cached
         patient = PatientRetriever(
-            retriever, patience_s=cfg.retrieval.patience_s, meter=meter, say=console.say
+            retriever, patience_s=cfg.retrieval.patience_s, meter=meter, say=console.warn
         )
         # Servers move; that is no reason not to continue a run.
         shown = "servers that do not name their index" if identity.startswith(_UNNAMED) else identity
@@ -84,6 +84,8 @@ def _open_source(
             recording = ReplayRetriever(retrieval.cache)
             yield recording, recording.source
         case RetrievalKind.http:
+            servers, patience = ", ".join(retrieval.urls), f"retrieval.deadline_s={retrieval.deadline_s:g}"
+            console.say(f"retriever: {servers}, waited for up to {patience} s")
             client = _client(cfg, list(retrieval.urls), meter, token=os.environ.get(TOKEN_VARIABLE) or None)
             yield client, _index_identity(runner, client, retrieval.urls)
         case RetrievalKind.embedded:

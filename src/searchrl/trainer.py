@@ -36,7 +36,7 @@ from searchrl.rewards import ScoredGroup
 from searchrl.samples import to_samples, unscored_samples
 from searchrl.setup import Run, make_actor, open_training
 from searchrl.trajectory import Example, Group, Sample
-from searchrl.update import apply_update, prepare_update, reward_penalties
+from searchrl.update import Update, apply_update, prepare_update, reward_penalties
 from searchrl.watch import Alarm, CollapseError, Watch
 from searchrl.weight_sync import WeightSync
 
@@ -56,7 +56,7 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
         actor = make_actor(run)
         reference = _reference(run, actor)
         sync = _weight_sync(run, actor)
-        budget = TokenBudget(tokens=cfg.batching.max_tokens, say=env.console.say)
+        budget = TokenBudget(tokens=cfg.batching.max_tokens, say=env.console.warn)
         start = resume(run, saved, actor=actor, sampler=rollouts.sampler, budget=budget)
         # Main's numbers on every rank: a watch that stops the run must stop it everywhere.
         watch = Watch(cfg.watch, broadcast_object(read_records(env.run_dir, start)))
@@ -81,8 +81,8 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
             with _dumped(run, actor, resolved), phases("logprob"):
                 samples, penalized = _samples(run, actor, reference, played.collected.chosen, budget)
                 update = prepare_update(actor, reference, samples, cfg=cfg, world=env.world, budget=budget)
-            with _dumped(run, actor, resolved), phases("update"):
-                updated = apply_update(update, actor, epochs=cfg.update.epochs, step=step)
+            with _dumped(run, actor, resolved), phases("update"), _shown(run, update) as on_batch:
+                updated = apply_update(update, actor, epochs=cfg.update.epochs, step=step, on_batch=on_batch)
             with phases("rollout"):
                 rollouts.wait()
             with phases("swap"):
@@ -136,10 +136,10 @@ def _rollout(run: Run, sampler: Sampler, step: int, group: ProcessGroup | None) 
     cfg, world, env = run.env.cfg, run.env.world, run.env
     begin = time.perf_counter()
     env.searches.take()  # those of evaluations and of the warm start are not this step's
-    share = cfg.groups_per_step // world.engines
-    with env.console.progress(f"step {step + 1} episodes", share * cfg.group_size) as advance:
 
-        def play(questions: Sequence[tuple[int, Example]], is_enough: Callable[[Group], bool]) -> list[Group]:
+    def play(questions: Sequence[tuple[int, Example]], is_enough: Callable[[Group], bool]) -> list[Group]:
+        label, total = f"step {step + 1} episodes", len(questions) * cfg.group_size
+        with env.console.progress(label, total, detail=run.rollout.activity, in_step=True) as advance:
             episodes = run.rollout.groups(
                 questions,
                 group_size=cfg.group_size,
@@ -150,15 +150,15 @@ def _rollout(run: Run, sampler: Sampler, step: int, group: ProcessGroup | None) 
             )
             return run.engine.run(env.runner, episodes)
 
-        collected = collect(
-            sampler,
-            play,
-            env.score,
-            groups_per_step=cfg.groups_per_step,
-            resampling=cfg.resampling,
-            group=group,
-            stop=env.stop,
-        )
+    collected = collect(
+        sampler,
+        play,
+        env.score,
+        groups_per_step=cfg.groups_per_step,
+        resampling=cfg.resampling,
+        group=group,
+        stop=env.stop,
+    )
     name = f"step-{step + 1:06d}.rank{world.rank}.jsonl"
     write_trajectories(env.run_dir / "trajectories" / name, collected.scored)
     members = [(item, index) for item in collected.scored for index in range(len(item.rewards))]
@@ -214,7 +214,12 @@ def _tell(
         log.write(step, metrics)
     run.env.console.step(step, run.env.cfg.steps, metrics)
     for alarm in alarms:
-        run.env.console.say(f"watch: {alarm}")
+        run.env.console.warn(f"watch: {alarm}")
+
+
+def _shown(run: Run, update: Update) -> AbstractContextManager[Callable[[object], None]]:
+    label, total = f"step {run.env.phases.step} update", update.microbatches * run.env.cfg.update.epochs
+    return run.env.console.progress(label, total, in_step=True)
 
 
 def _dumped(run: Run, actor: Actor, resolved: Mapping[str, Any]) -> AbstractContextManager[None]:
@@ -302,5 +307,5 @@ def _finish(run: Run, actor: Actor, before: list[Result] | None, log: MetricLog 
     if log is not None:
         log.write(env.cfg.steps, eval_metrics(after))
         log.close()
-    report(run, before, after, final)
+    report(run, before, after)
     return final

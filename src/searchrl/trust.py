@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from searchrl.errors import SearchrlError
+from searchrl.errors import InputError
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-class UntrustedError(SearchrlError, RuntimeError):
+class UntrustedError(InputError, RuntimeError):
     """A model that would run code of its own; the message names the file and the remedy."""
 
 

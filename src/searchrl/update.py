@@ -7,7 +7,7 @@ steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,12 +24,15 @@ from searchrl.distributed import World, gather_objects, reduce_values
 from searchrl.guards import Fault, batch_fault, logprob_fault, meet
 from searchrl.objective import KnownTerms, PolicyObjective, make_objective, reduce_totals
 from searchrl.out_of_memory import OutOfMemoryError, TokenBudget
-from searchrl.policy import ReferencePolicy
+from searchrl.policy import ReferencePolicy, TokenOutputs
 from searchrl.trajectory import Sample
 from searchrl.zero import NonFiniteGradientError
 
 BySample = dict[str, Tensor]
 """Values of each sample's loss tokens, [S], by sample id."""
+
+OnBatch = Callable[[MicroBatch], None]
+"""Called with each micro-batch of samples as its backward pass is about to begin."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -79,6 +82,11 @@ class Update:
     denominators: list[float]
     """What each step's loss is divided by: the same on all ranks."""
     objective: PolicyObjective
+
+    @property
+    def microbatches(self) -> int:
+        """Of this rank in one epoch."""
+        return len(self.cut.batches)
 
 
 def prepare_update(
@@ -141,7 +149,9 @@ def prepare_update(
     )
 
 
-def apply_update(update: Update, actor: Actor, *, epochs: int, step: int) -> dict[str, float]:
+def apply_update(
+    update: Update, actor: Actor, *, epochs: int, step: int, on_batch: OnBatch = lambda _: None
+) -> dict[str, float]:
     """Make the optimizer steps; returns their metrics. A collective.
 
     A step of which the importance correction has dropped every token is left out and counted: AdamW would
@@ -152,6 +162,7 @@ def apply_update(update: Update, actor: Actor, *, epochs: int, step: int) -> dic
         actor: the policy.
         epochs: passes over the mini-batches.
         step: steps of the run already done, for the learning rate.
+        on_batch: called at every micro-batch of this rank.
 
     Raises:
         NonFiniteStepError: the loss or the gradient is NaN or infinite; that step is not made.
@@ -163,7 +174,7 @@ def apply_update(update: Update, actor: Actor, *, epochs: int, step: int) -> dic
             if divisor == 0:
                 skipped += 1
                 continue
-            stats = _make_step(update, actor, part, step)
+            stats = _make_step(update, actor, part, step, on_batch)
             losses.append(reduce_values([update.objective.loss_sum], "sum")[0] / divisor)
             norms.append(stats.grad_norm)
             lr = stats.lr
@@ -175,7 +186,7 @@ def apply_update(update: Update, actor: Actor, *, epochs: int, step: int) -> dic
     return metrics | update.objective.metrics()
 
 
-def _make_step(update: Update, actor: Actor, part: int, step: int) -> StepStats:
+def _make_step(update: Update, actor: Actor, part: int, step: int, on_batch: OnBatch) -> StepStats:
     """One optimizer step on the micro-batches of ``part``; smaller ones as long as memory runs out."""
     samples, divisor = update.cut.samples[part], update.denominators[part]
     while True:
@@ -186,8 +197,14 @@ def _make_step(update: Update, actor: Actor, part: int, step: int) -> StepStats:
         def stop_together(attempt: PolicyObjective = attempt) -> None:
             meet(attempt.fault, samples, attempt.known.of, divisor)
 
+        def loss_sum(outputs: TokenOutputs, attempt: PolicyObjective = attempt) -> Tensor:
+            loss = attempt(outputs)
+            if outputs.batch.trajectory_ids:  # else it only keeps this rank in step with others
+                on_batch(outputs.batch)
+            return loss
+
         try:
-            stats = actor.update(batches, attempt, denominator=divisor, step=step, before_step=stop_together)
+            stats = actor.update(batches, loss_sum, denominator=divisor, step=step, before_step=stop_together)
         except OutOfMemoryError as failure:
             update.cut.smaller(failure)
         except NonFiniteGradientError as error:  # on all ranks, which have added their gradients up

@@ -503,7 +503,7 @@ def test_files_are_downloaded_once_from_a_server_like_the_hub(tmp_path: Path) ->
             f"GET {root}/nq/train.jsonl",
         ]
         missing = call(endpoint, "--split", "test")
-        assert missing.returncode == 1
+        assert missing.returncode == 2
         assert "nq/test.jsonl of" in missing.stderr
         assert "EntryNotFoundError" in missing.stderr
         assert "add --from DIR" in missing.stderr

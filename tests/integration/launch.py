@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from searchrl.environment import default_settings
+
 TESTS = Path(__file__).parents[1]
 SOURCE = TESTS.parent / "src"
 
@@ -43,8 +45,12 @@ def python(module: str, arguments: Sequence[object], *, ranks: int = 1) -> list[
 
 
 def environment(device: str = "cpu") -> dict[str, str]:
-    """The environment of a child: our sources, one thread, nothing of a surrounding torchrun."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    """The environment of a child: our sources, one thread, nothing of a surrounding torchrun.
+
+    What this process has set for itself, the child has to set itself.
+    """
+    own = ("RANK", "WORLD_SIZE", *default_settings(device))
+    inherited = {name: value for name, value in os.environ.items() if name not in own}
     paths = {"PYTHONPATH": f"{SOURCE}{os.pathsep}{TESTS}", "CHECKS_DEVICE": device}
     return {**inherited, **paths, "OMP_NUM_THREADS": "1"}
 

@@ -336,12 +336,42 @@ def without_times(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "turns": [{**turn, "search_seconds": None} for turn in record["turns"]]}
 
 
-def test_a_run_prints_its_steps_and_its_comparison_and_no_warning(finished: Ended) -> None:
-    for step in (1, 2, 3, 4):
-        assert f"step {step}/4  reward" in finished.printed
-    assert "before and after reinforcement learning" in finished.printed
-    assert "Warning" not in finished.printed
-    assert "Traceback" not in finished.printed
+OURS = (  # every line of a run whose output goes to a pipe
+    r"plan: about .* GiB a rank, .*",
+    r"retriever: bm25 index over assets/worldfacts/corpus\.jsonl",
+    r"warm start: 8 demonstrations, for example",
+    r"engine: loading assets/warmstart/[0-9a-f]{16}",
+    r"sync: engine and trainer agree to \S+ nats",
+    r"(after step \d|held-out questions, before and after reinforcement learning)",
+    r"memory of a rank at its peak, GiB, without what libraries take",
+    r"[┏┃┡│└].*[┓┃┩│┘]",  # tables
+    r"step +time +left +reward .*",
+    r"step \d/4 .*",
+    r"(exact match|steps|time|look further)  +\S.*",
+    r"(model|metrics|trajectories|evaluations|checkpoints|retriever)  +runs/finished/\S+",
+    r" {14}searchrl (eval|play) .*",
+)
+
+
+def test_a_run_prints_its_steps_its_comparison_and_nothing_that_is_not_its_own(finished: Ended) -> None:
+    example = r"(?s)(?<=for example\n)<\|im_start\|>user\n.*?</answer>\n"
+    lines = re.sub(example, "", finished.printed).splitlines()
+    assert [line for line in lines if not any(re.fullmatch(ours, line) for ours in OURS)] == []
+    assert re.search(r"[\x00-\x09\x0b-\x1f\x7f]", finished.printed) is None
+    steps = [line.split()[1] for line in lines if line.startswith("step ")]
+    assert steps == ["time", "1/4", "2/4", "3/4", "4/4"]  # below a header, and no bars
+    assert "held-out questions, before and after reinforcement learning" in finished.printed
+
+
+def test_where_everything_is_is_said_and_true(bench: Bench, finished: Ended) -> None:
+    places = dict(re.findall(r"^(\w+) +(runs/finished/\S+)$", finished.printed, re.MULTILINE))
+    named = {"model", "metrics", "trajectories", "evaluations", "checkpoints", "retriever"}
+    assert set(places) == named
+    assert all((bench.folder / place).exists() for place in places.values())
+    steps = bench.steps("finished")
+    assert re.search(
+        rf"^steps +{len(steps)}; {16 * len(steps)} trajectories, ", finished.printed, re.MULTILINE
+    )
 
 
 def test_a_run_directory_is_complete(bench: Bench, finished: Ended) -> None:
@@ -643,7 +673,7 @@ def test_two_ranks_do_what_one_does_and_stop_together(
     assert ended.server_gone  # and the ranks
     assert "Warning" not in ended.printed
     assert "Traceback" not in ended.printed
-    assert ended.printed.count("step 1/50  reward") == 1  # only one rank prints
+    assert ended.printed.count("step 1/50 ") == 1  # only one rank prints
     assert ended.printed.count("searchrl: stopped by SIGUSR1; resume=true continues") == 1
     checkpoint = max((bench.at("two") / "checkpoints").iterdir())
     assert checkpoint.name == f"step-{len(bench.steps('two')):06d}"

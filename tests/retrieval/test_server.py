@@ -148,7 +148,9 @@ def test_what_keeps_it_from_starting_is_one_line(
     index, corpus = ["--index", str(bm25_directory)], ["--corpus", str(corpus_path)]
     free = ["--port", "0"]
     assert failed_start("--index", "/nowhere", *corpus, *free).startswith("no index at /nowhere")
-    assert failed_start(*index, "--corpus", "/nowhere", *free) == "no corpus at /nowhere"
+    assert failed_start(*index, "--corpus", "/nowhere", *free) == (
+        "no corpus at /nowhere; name the JSONL file of passages"
+    )
     assert "was built from a corpus" in failed_start(*index, "--corpus", str(other), *free)
     assert "must be printable ASCII" in failed_start(*index, *corpus, *free, variables={TOKEN_VARIABLE: ""})
     assert "cannot listen on nowhere.invalid" in failed_start(*index, *corpus, "--host", "nowhere.invalid")
@@ -156,7 +158,10 @@ def test_what_keeps_it_from_starting_is_one_line(
         port = str(taken.getsockname()[1])
         for code in (MODULE, ("-m", "searchrl.cli", "serve")):
             line = failed_start(*index, *corpus, "--port", port, code=code)
-            assert line == f"cannot listen on 127.0.0.1 port {port}: Address already in use"
+            assert line == (
+                f"cannot listen on 127.0.0.1 port {port}: Address already in use; choose another --port "
+                "(0: any free one), or end what listens there"
+            )
     assert failed_start(*index, *corpus, "--port", "0", "--devices", "gpu") == (
         "devices [gpu] are neither the CPU alone nor GPUs alone: write cpu, or cuda:0, cuda:1"
     )

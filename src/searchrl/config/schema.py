@@ -16,7 +16,7 @@ from searchrl.config.algorithm import (
 from searchrl.config.retrieval import RetrievalConfig
 from searchrl.config.reward import RewardConfig
 from searchrl.config.watch import WatchConfig
-from searchrl.errors import SearchrlError
+from searchrl.errors import InputError
 
 PROMPT_TEMPLATE = """\
 Answer the question. First reason inside <think> and </think>. If you lack some knowledge, search for it by \
@@ -26,10 +26,8 @@ think and search again after reading them. As soon as you know enough, give the 
 Question: {question}"""
 
 
-class ConfigError(SearchrlError, ValueError):
+class ConfigError(InputError, ValueError):
     """A configuration that cannot run. The message names the value and the remedy, one line a problem."""
-
-    exit_code = 2
 
 
 # Members are lower-case because OmegaConf matches YAML against member names.

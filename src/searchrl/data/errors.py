@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from searchrl.errors import SearchrlError
+from searchrl.errors import InputError
 
 
-class DataError(SearchrlError, ValueError):
+class DataError(InputError, ValueError):
     """A data set, package or row is missing or wrong. The message names it and says what to do."""

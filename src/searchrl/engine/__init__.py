@@ -296,16 +296,19 @@ def _load(**settings: Any) -> Any:
     from vllm import LLM
 
     local_world_size = os.environ.get("LOCAL_WORLD_SIZE")
-    llm = LLM(
-        distributed_executor_backend="external_launcher",
-        enable_prefix_caching=True,
-        logprobs_mode="processed_logprobs",
-        use_tqdm_on_load=False,
-        disable_log_stats=True,
-        load_format="safetensors",  # never a pickle, which could run code
-        trust_remote_code=False,
-        **settings,
-    )
+    try:
+        llm = LLM(
+            distributed_executor_backend="external_launcher",
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            use_tqdm_on_load=False,
+            disable_log_stats=True,
+            load_format="safetensors",  # never a pickle, which could run code
+            trust_remote_code=False,
+            **settings,
+        )
+    except ValueError as error:  # so vLLM refuses settings, and models that it does not know
+        raise EngineError(f"vLLM refuses {settings['model']} with these settings: {error}") from error
     if local_world_size is not None:  # external_launcher overwrites it with the tensor-parallel size
         os.environ["LOCAL_WORLD_SIZE"] = local_world_size
     return llm

@@ -71,7 +71,8 @@ def _answer(
             append=True,
         )
         total = len(pending[:: world.engines]) * cfg.eval.samples
-        with log, env.console.progress("answers", total) as advance:
+        progress = env.console.progress("answers", total, detail=run.rollout.activity)
+        with log, progress as advance:
             answered = evaluate(
                 run.rollout,
                 env.runner,

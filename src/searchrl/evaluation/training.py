@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from searchrl.data.readers import first_of_each_source
+from searchrl.evaluation.closing import closing_lines
 from searchrl.evaluation.comparison import COMPARISON_COLUMNS, TABLE_COLUMNS, comparison_rows, table_rows
 from searchrl.evaluation.results import AnswerLog, Result, load_results, save_results
 from searchrl.evaluation.rollouts import evaluate
@@ -24,7 +24,8 @@ def evaluate_policy(run: Run, step: int, questions: int) -> list[Result]:
     env.phases.beat(f"evaluation after step {step}")
     examples = first_of_each_source(env.eval_examples, questions)
     log = AnswerLog(env.run_dir / "trajectories" / f"eval-{step:06d}.rank{env.world.rank}.jsonl")
-    progress = env.console.progress(f"evaluation after step {step}", len(examples[:: env.world.engines]))
+    label, total = f"evaluation after step {step}", len(examples[:: env.world.engines])
+    progress = env.console.progress(label, total, detail=run.rollout.activity)
     with log, progress as advance:
         answered = evaluate(
             run.rollout,
@@ -55,7 +56,7 @@ def evaluate_before(run: Run, start: int) -> list[Result] | None:
     return results if [result.id for result in results] == now else None
 
 
-def report(run: Run, before: list[Result] | None, after: list[Result], final: Path) -> None:
+def report(run: Run, before: list[Result] | None, after: list[Result]) -> None:
     """Print what training has changed, what memory it took, and where everything is."""
     if before is not None:
         title = "held-out questions, before and after reinforcement learning"
@@ -63,11 +64,12 @@ def report(run: Run, before: list[Result] | None, after: list[Result], final: Pa
         if run.env.world.is_main:
             rows = [dict(zip(COMPARISON_COLUMNS, row, strict=True)) for row in comparison_rows(before, after)]
             (run.env.run_dir / "comparison.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
-    memory = memory_rows(
-        run.env.cfg, read_records(run.env.run_dir, run.env.cfg.steps), world_size=run.env.world.size
-    )
+    cfg = run.env.cfg
+    records = read_records(run.env.run_dir, cfg.steps)
+    memory = memory_rows(cfg, records, world_size=run.env.world.size)
     if memory:
         title = "memory of a rank at its peak, GiB, without what libraries take"
         run.env.console.table(title, MEMORY_COLUMNS, memory)
-    run.env.console.say(f"model: {final}\nmetrics: {run.env.run_dir / 'metrics.jsonl'}")
-    run.env.console.say(f"trajectories: {run.env.run_dir / 'trajectories'}")
+    run.env.console.say(
+        closing_lines(run.env.run_dir, records, group_size=cfg.group_size, before=before, after=after)
+    )

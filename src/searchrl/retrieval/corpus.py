@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from searchrl.errors import SearchrlError
+from searchrl.errors import InputError
 from searchrl.retrieval.wire import encodable
 
 _CHUNK = 1 << 22
@@ -27,7 +27,7 @@ GZIP_MAGIC = b"\x1f\x8b"
 """First bytes of a gzip file."""
 
 
-class CorpusError(SearchrlError, ValueError):
+class CorpusError(InputError, ValueError):
     """The corpus file is missing, compressed, empty or has a malformed line."""
 
 
@@ -57,7 +57,7 @@ class Corpus:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise CorpusError(f"no corpus at {self.path}")
+            raise CorpusError(f"no corpus at {self.path}; name the JSONL file of passages")
         if self.path.stat().st_size == 0:
             raise CorpusError(f"{self.path} is empty")
         with self.path.open("rb") as file:

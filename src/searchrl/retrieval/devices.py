@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from searchrl.errors import SearchrlError
+from searchrl.errors import InputError
 
 
-class DeviceError(SearchrlError, ValueError):
+class DeviceError(InputError, ValueError):
     """Devices that are no such thing, or on which an index cannot be searched."""
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from searchrl.errors import MissingPackageError
 from searchrl.retrieval.manifest import IndexMismatchError
 
 _HEADER = struct.Struct("<4si q 2q ? i Q")
@@ -22,8 +23,18 @@ _INNER_PRODUCT = 0
 
 
 def faiss() -> Any:
-    """Import FAISS, which has no types."""
-    return import_module("faiss")
+    """Import FAISS, which has no types.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        return import_module("faiss")
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            "faiss, which indexes of vectors need, is not installed; it comes with searchrl's extras cpu and "
+            "gpu: `make setup` installs what was tested. A bm25 index needs none"
+        ) from error
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

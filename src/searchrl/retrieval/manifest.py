@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from searchrl.errors import SearchrlError
+from searchrl.errors import InputError, SearchrlError
 from searchrl.retrieval.encoder import SPECS, EncoderFamily, weights_fingerprint
 
 FORMAT = 2
@@ -31,7 +31,7 @@ _HASHED_ON_LOAD = 256 << 20
 _LIBRARIES = ("bm25s", "faiss-cpu", "faiss-gpu", "numpy", "torch", "transformers")
 
 
-class IndexMismatchError(SearchrlError, ValueError):
+class IndexMismatchError(InputError, ValueError):
     """An index does not belong to the corpus, encoder or files it is opened with."""
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from searchrl.console import PLAIN_PROGRESS_S
+from searchrl.console import PLAIN_PROGRESS_S, Terminal
 
 
 @contextmanager
@@ -23,12 +23,11 @@ def progress(
     elif not sys.stderr.isatty():
         yield _lines(label, total, done)
     else:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         # The speed of the last ten minutes: parts of a corpus differ in length.
-        with Progress(*columns, console=Console(stderr=True), speed_estimate_period=600) as bar:
+        with Progress(*columns, console=Terminal(stderr=True), speed_estimate_period=600) as bar:
             task = bar.add_task(label, total=total, completed=done)
             yield lambda items: bar.advance(task, items)
 

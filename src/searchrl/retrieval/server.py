@@ -116,7 +116,10 @@ def bind(host: str, port: int, *, stalled_reader_s: int = _STALLED_READER_S) -> 
             listener.close()
             raise
     except OSError as error:
-        raise ServerError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+        raise ServerError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}; choose another --port (0: any "
+            "free one), or end what listens there"
+        ) from error
     return listener
 
 

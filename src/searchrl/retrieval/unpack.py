@@ -24,7 +24,7 @@ def unpacked(path: Path) -> Path:
     damaged, or if the place is taken by something else, and `BuildError` if there is no space on the disk.
     """
     if not path.is_file():
-        raise CorpusError(f"no corpus at {path}")
+        raise CorpusError(f"no corpus at {path}; name the file of passages to unpack")
     with path.open("rb") as file:
         if file.read(len(GZIP_MAGIC)) != GZIP_MAGIC:
             return path

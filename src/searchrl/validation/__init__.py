@@ -5,6 +5,7 @@ from __future__ import annotations
 from searchrl.config import Config, ConfigError
 from searchrl.validation.algorithm import algorithm_problems
 from searchrl.validation.general import general_problems
+from searchrl.validation.model import model_problems
 from searchrl.validation.retrieval import retrieval_problems
 from searchrl.validation.reward import reward_problems
 from searchrl.validation.secrets import secret_problems
@@ -30,6 +31,7 @@ def validate(
         *general_problems(cfg, world_size, local_world_size or world_size, training),
         *algorithm_problems(cfg),
         *reward_problems(cfg),
+        *model_problems(cfg),
         *retrieval_problems(cfg.retrieval, training),
     ]
     if problems:
