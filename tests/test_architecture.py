@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "console",
         "trust",
         "data.errors",
+        "data.files",
         "data.packages",
     ),
     (
@@ -51,7 +52,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "shards",
         "preemption",
     ),
-    ("heartbeat", "policy", "zero", "model_shape", "judge", "out_of_memory", "guards"),
+    ("heartbeat", "policy", "zero", "model_shape", "judge", "out_of_memory", "guards", "sinks"),
     (
         "engine",
         "actor",
@@ -64,11 +65,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "failures",
         "dumps",
     ),
-    ("rollout", "weight_sync", "checkpoint", "objective", "samples"),
+    ("rollout", "weight_sync", "checkpoint", "objective", "samples", "compose"),
     ("evaluation", "warmstart", "sources", "update", "collect", "overlap"),
     ("setup",),
     ("resuming", "evaluation.training"),
-    ("trainer", "evaluation.benchmark", "doctor", "replay"),
+    ("trainer", "evaluation.benchmark", "doctor", "replay", "config_cli", "completion"),
     ("cli", "report"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 
 import searchrl.config
 from example import CONF
-from searchrl.cli import _claim_run_dir, config_folder, load_config, main, run
+from searchrl.cli import _claim_run_dir, main, run
+from searchrl.compose import config_folder, load_config
 from searchrl.config import (
     Config,
     ConfigError,
@@ -95,7 +96,10 @@ def test_every_experiment_composes(name: str) -> None:
 
 
 @pytest.mark.parametrize(("group", "option"), GROUPS)
-def test_every_option_of_every_group_composes(group: str, option: str, tmp_path: Path) -> None:
+def test_every_option_of_every_group_composes(
+    group: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a-key-for-tests")
     (tmp_path / "recording.sqlite").touch()
     needed = {
         "http": "retrieval.urls=[http://127.0.0.1:8000]",
@@ -159,21 +163,28 @@ def test_every_field_has_a_docstring() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("stepz=3", "unknown key 'stepz'; did you mean 'steps'?"),
+        ("optimizer.lrr=1", "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
+        ("+group_sise=3", "unknown key 'group_sise'; did you mean 'group_size'?"),
+        ("retreival=bm25", "unknown key 'retreival'; did you mean 'retrieval'?"),
+        ("+experimnt=smoke", "unknown key 'experimnt'; did you mean 'experiment'?"),
+        ("zzz=1", "unknown key 'zzz'"),
         (
-            "stepz=3",
-            "Could not override 'stepz'.\nTo append to your config use +stepz=3\n"
-            "Key 'stepz' not in 'Config'\nunknown key 'stepz'; did you mean 'steps'?",
+            "retrieval=bm52",
+            "there is no retrieval=bm52; did you mean 'bm25'? (there are: bm25, brave, dense, google, http, "
+            "hybrid, mcp, none, oracle, replay, searxng, shuffled, wiki18)",
         ),
         (
-            "optimizer.lrr=1",
-            "Could not override 'optimizer.lrr'.\nTo append to your config use +optimizer.lrr=1\n"
-            "Key 'lrr' not in 'OptimizerConfig'\nunknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?",
+            "logger=[wandb,tensorbord]",
+            "there is no logger=tensorbord; did you mean 'tensorboard'? (there are: tensorboard, wandb, "
+            "wandb_offline)",
         ),
+        ("+retrieval=bm25", "retrieval is chosen without a plus: retrieval=bm25"),
         (
-            "+group_sise=3",
-            "'Config' object has no attribute 'group_sise'\n"
-            "unknown key 'group_sise'; did you mean 'group_size'?",
+            "quickstart",
+            "'quickstart' sets nothing; settings are written key=value, experiments +experiment=quickstart",
         ),
+        ("steps", "'steps' sets nothing; settings are written key=value, experiments +experiment=NAME"),
         (
             "steps=many",
             "Error merging override steps=many\nValue 'many' of type 'str' could not be converted to Integer",
@@ -199,13 +210,33 @@ def test_unknown_keys_and_wrong_types(override: str, message: str) -> None:
     assert problems("+experiment=smoke", override) == message
 
 
+def test_an_experiment_needs_a_plus() -> None:
+    assert problems("experiment=smoke") == (
+        "an experiment is added to the settings, with a plus: +experiment=smoke"
+    )
+
+
+def test_every_name_that_does_not_exist_is_told() -> None:
+    options = "bm25, brave, dense, google, http, hybrid, mcp, none, oracle, replay, searxng, shuffled, wiki18"
+    experiments = ", ".join(EXPERIMENTS)
+    assert problems("+experiment=quikstart", "retrieval=bm52", "stepz=1", "optimizer.lr=x").splitlines() == [
+        f"there is no experiment=quikstart; did you mean 'quickstart'? (there are: {experiments})",
+        f"there is no retrieval=bm52; did you mean 'bm25'? (there are: {options})",
+        "unknown key 'stepz'; did you mean 'steps'?",
+    ]
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("model=tini", ["Could not find 'model/tini'", "Available options in 'model':", "smollm2", "tiny"]),
-        ("+experiment=smok", ["Could not find 'experiment/smok'", "quickstart", "smoke"]),
         ("run_dir=${nothing}", ["Interpolation key 'nothing' not found", "run_dir"]),
-        ("steps", ["Error parsing override 'steps'"]),
+        (
+            "name=Who? {a",
+            [
+                "the value of name cannot be read (mismatched input '{' expecting <EOF>); one with brackets, "
+                "braces, quotes or a colon is quoted twice, for the shell and for Hydra: 'name=\"…\"'"
+            ],
+        ),
     ],
 )
 def test_messages_of_hydra_reach_the_user(override: str, parts: list[str]) -> None:
@@ -346,13 +377,20 @@ RENORMALISE = "truncates the distribution that rollouts sample from, but the los
             "1320, or lower these",
         ),
         (["seed=-1"], "seed=-1 must not be negative"),
+        (["logger.trajectories_every=-1"], "logger.trajectories_every=-1 must not be negative"),
+        (
+            ["logger.wandb=online"],
+            "logger.wandb=online needs a key, from the environment variable WANDB_API_KEY or `wandb login`; "
+            "without one, logger=wandb_offline writes what `wandb sync` uploads later",
+        ),
         (
             ["resume=maybe"],
             "resume=maybe says nothing; choose false, true (there must be a checkpoint) or auto",
         ),
         (
             ["resume=auto", "resume_changes=[optimizer.rl]"],
-            "resume_changes=optimizer.rl is nothing that a resumed run must keep; did you mean optimizer.lr?",
+            "resume_changes=optimizer.rl is nothing that a resumed run must keep; did you mean "
+            "'optimizer.lr'?",
         ),
         (
             ["resume=auto", "resume_changes=[watch.window]"],
@@ -442,6 +480,8 @@ def test_one_problem_gives_one_line(
 ) -> None:
     monkeypatch.delenv("SERPER_API_KEY", raising=False)
     monkeypatch.delenv("BRAVE_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", "/nowhere")  # no .netrc
     changed = OmegaConf.merge(OmegaConf.structured(valid()), OmegaConf.from_dotlist(overrides))
     cfg = OmegaConf.to_object(changed)
     assert isinstance(cfg, Config)
