@@ -225,7 +225,7 @@ def _engine(policy: str) -> tuple[dict[str, float], int]:
 
     from policies import POLICIES, warm_start
 
-    from searchrl.cli import load_config
+    from searchrl.compose import load_config
     from searchrl.engine import GenerationRequest
     from searchrl.environment import prepare_environment
     from searchrl.setup import open_run

@@ -20,15 +20,17 @@ PACKAGE = Path(__file__).parents[1] / "src" / "searchrl"
 MAX_FILE, MAX_FUNCTION = 400, 60
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "answers", "figures", "explain"),
+    ("errors", "answers", "figures"),
     (
         "config",
         "trajectory",
         "distributed",
         "environment",
+        "explain",
         "console",
         "trust",
         "data.errors",
+        "data.files",
         "data.packages",
     ),
     (
@@ -51,7 +53,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "shards",
         "preemption",
     ),
-    ("preflight", "heartbeat", "policy", "zero", "model_shape", "judge", "out_of_memory", "guards"),
+    ("preflight", "heartbeat", "policy", "zero", "model_shape", "judge", "out_of_memory", "guards", "sinks"),
     (
         "engine",
         "actor",
@@ -64,11 +66,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "failures",
         "dumps",
     ),
-    ("rollout", "weight_sync", "checkpoint", "objective", "samples"),
+    ("rollout", "weight_sync", "checkpoint", "objective", "samples", "compose"),
     ("evaluation", "warmstart", "sources", "update", "collect", "overlap"),
     ("setup",),
     ("resuming", "evaluation.training"),
-    ("trainer", "evaluation.benchmark", "doctor", "replay"),
+    ("trainer", "evaluation.benchmark", "doctor", "replay", "config_cli", "completion"),
     ("cli", "report"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

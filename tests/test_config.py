@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 
 import searchrl.config
 from example import CONF
-from searchrl.cli import _claim_run_dir, config_folder, load_config, main, run
+from searchrl.cli import _claim_run_dir, main, run
+from searchrl.compose import config_folder, load_config
 from searchrl.config import (
     Config,
     ConfigError,
@@ -96,7 +97,10 @@ def test_every_experiment_composes(name: str) -> None:
 
 
 @pytest.mark.parametrize(("group", "option"), GROUPS)
-def test_every_option_of_every_group_composes(group: str, option: str, tmp_path: Path) -> None:
+def test_every_option_of_every_group_composes(
+    group: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a-key-for-tests")
     (tmp_path / "recording.sqlite").touch()
     needed = {
         "http": "retrieval.urls=[http://127.0.0.1:8000]",
@@ -346,13 +350,20 @@ RENORMALISE = "truncates the distribution that rollouts sample from, but the los
             "1320, or lower these",
         ),
         (["seed=-1"], "seed=-1 must not be negative"),
+        (["logger.trajectories_every=-1"], "logger.trajectories_every=-1 must not be negative"),
+        (
+            ["logger.wandb=online"],
+            "logger.wandb=online needs a key, from the environment variable WANDB_API_KEY or `wandb login`; "
+            "without one, logger=wandb_offline writes what `wandb sync` uploads later",
+        ),
         (
             ["resume=maybe"],
             "resume=maybe says nothing; choose false, true (there must be a checkpoint) or auto",
         ),
         (
             ["resume=auto", "resume_changes=[optimizer.rl]"],
-            "resume_changes=optimizer.rl is nothing that a resumed run must keep; did you mean optimizer.lr?",
+            "resume_changes=optimizer.rl is nothing that a resumed run must keep; did you mean "
+            "'optimizer.lr'?",
         ),
         (
             ["resume=auto", "resume_changes=[watch.window]"],
@@ -442,6 +453,8 @@ def test_one_problem_gives_one_line(
 ) -> None:
     monkeypatch.delenv("SERPER_API_KEY", raising=False)
     monkeypatch.delenv("BRAVE_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", "/nowhere")  # no .netrc
     changed = OmegaConf.merge(OmegaConf.structured(valid()), OmegaConf.from_dotlist(overrides))
     cfg = OmegaConf.to_object(changed)
     assert isinstance(cfg, Config)

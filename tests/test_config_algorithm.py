@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from searchrl.cli import load_config
+from searchrl.compose import load_config
 from searchrl.config import Config, ConfigError
 from searchrl.validation import validate
 

@@ -14,7 +14,7 @@ from example import ROOT, SOURCE, custom_overrides
 from searchrl.algorithm.advantages import compute_advantages
 from searchrl.algorithm.importance import ImportanceInputs, correct
 from searchrl.algorithm.losses import LossInputs, policy_loss
-from searchrl.cli import load_config
+from searchrl.compose import load_config
 from searchrl.config import Config
 from searchrl.extensions import load_function
 from searchrl.rewards import score

@@ -45,7 +45,7 @@ def test_a_function_in_the_current_folder_gets_its_arguments() -> None:
             "cannot be imported: ModuleNotFoundError(\"No module named 'my_extention'",
         ),
         ("my_broken_extension:f", {}, "cannot be imported: ModuleNotFoundError(\"No module named 'no_such"),
-        ("my_extension:scale", {}, "my_extension has no scale; did you mean scaled?"),
+        ("my_extension:scale", {}, "my_extension has no scale; did you mean 'scaled'?"),
         ("my_extension:CONSTANT", {}, "is 3, which cannot be called"),
         (
             "my_extension:scaled",

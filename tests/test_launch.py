@@ -17,7 +17,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from example import ROOT
-from searchrl.cli import load_config
+from searchrl.compose import load_config
 
 LAUNCH = sorted(path for path in (ROOT / "launch").iterdir())
 TOOL = """#!{python} -SE

@@ -1,17 +1,14 @@
-"""Means that add up, clocks that add up, and a log that can be read back."""
+"""Means that add up, and records that are read back."""
 
 from __future__ import annotations
 
-import json
-import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchrl.config import LoggerConfig, WandbMode
-from searchrl.metrics import MetricLog, Tally
+from searchrl.metrics import Tally, read_records
 
 
 def test_a_tally_is_a_mean_by_name() -> None:
@@ -54,47 +51,8 @@ def test_tallies_share_nothing() -> None:
     assert second.reduce() == {}
 
 
-def test_the_log_is_appended_to_a_line_per_step(tmp_path: Path) -> None:
-    log = MetricLog(tmp_path, LoggerConfig(), {})
-    log.write(1, {"reward/mean": 0.25})
-    on_disk = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
-    assert json.loads(on_disk) == {"step": 1, "reward/mean": 0.25}  # there before the log is closed
-    log.close()
-    resumed = MetricLog(tmp_path, LoggerConfig(), {})
-    resumed.write(2, {"reward/mean": 0.5, "time/step": 3.0})
-    resumed.close()
-    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2]
-    assert json.loads(lines[1]) == {"step": 2, "reward/mean": 0.5, "time/step": 3.0}
-
-
-def test_weights_and_biases_works_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {name: f"canary-of-{name}-0123456789abcdef0123" for name in ("WANDB_API_KEY", "HF_TOKEN")}
-    for name, value in keys.items():
-        monkeypatch.setenv(name, value)
-    log = MetricLog(tmp_path, LoggerConfig(wandb=WandbMode.offline), {"seed": 3})
-    log.write(1, {"reward/mean": 0.25})
-    log.write(2, {"reward/mean": 0.5})
-    log.close()
-    assert log.wandb_run
-    (recorded,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    wanted = (b"searchrl", b"reward/mean", b"0.25", b"0.5", b"seed")
-    deadline = time.monotonic() + 30
-    # Its service process writes the file, and may do so a moment after the run has ended.
-    while missing := [part for part in wanted if part not in recorded.read_bytes()]:
-        assert time.monotonic() < deadline, missing
-        time.sleep(0.1)
-    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert not [name for name, value in keys.items() if value.encode() in written]
-
-
-def test_a_resumed_run_is_the_same_run_to_weights_and_biases(tmp_path: Path) -> None:
-    log = MetricLog(tmp_path, LoggerConfig(wandb=WandbMode.offline), {}, wandb_run="a1b2c3")
-    log.close()
-    assert log.wandb_run == "a1b2c3"
-    assert [path.suffix for path in tmp_path.glob("wandb/offline-run-*-a1b2c3/run-a1b2c3.wandb")] == [
-        ".wandb"
-    ]
-    plain = MetricLog(tmp_path, LoggerConfig(), {})
-    plain.close()
-    assert plain.wandb_run == ""
+def test_records_are_read_up_to_a_step_and_a_line_cut_short_is_none(tmp_path: Path) -> None:
+    assert read_records(tmp_path, 9) == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 0.5}\n{"step": 2}\n{"step": 3}\n{"st')
+    assert read_records(tmp_path, 2) == [{"step": 1, "a": 0.5}, {"step": 2}]
+    assert len(read_records(tmp_path, 9)) == 3

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from searchrl.cli import load_config
+from searchrl.compose import load_config
 from searchrl.config import ConfigError
 from searchrl.data import data_cli
 from searchrl.retrieval import index_cli, server

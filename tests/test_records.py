@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from searchrl.config import RewardConfig, RewardKind
-from searchrl.records import drop_later, policy_lag, rollout_tally, write_trajectories
+from searchrl.records import SHOWN, drop_later, policy_lag, rollout_tally, transcripts, write_trajectories
 from searchrl.rewards import ScoredGroup, score_group
 from searchrl.trajectory import (
     Document,
@@ -250,6 +250,22 @@ def test_the_log_has_a_readable_line_per_trajectory(tmp_path: Path) -> None:
         None,
         None,
     )
+
+
+def test_a_sample_is_the_first_trajectories_side_by_side() -> None:
+    shown = transcripts(groups())
+    assert [(one.question, one.outcome, one.reward, one.searches) for one in shown] == [
+        ("Río?", "answered", pytest.approx(1.2), 1),
+        ("Río?", "answered", 1.0, 0),
+        ("Río?", "answered", 0.0, 1),
+        ("Sea?", "tool_failed", None, 1),
+        ("Sea?", "context_limit", 0.0, 2),
+    ]
+    assert (shown[0].answer, shown[0].gold, shown[3].answer) == ("the Tiber", "Tiber", "")
+    assert shown[0].transcript == (
+        f"{THINK}<search>rome</search><information>…</information>{THINK}<answer>…</answer>"
+    )
+    assert transcripts(groups() * 9) == transcripts(groups() * 4)[:SHOWN]
 
 
 def test_the_log_tells_feedback_from_observations_and_failures_from_zeros(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from integration.scripts.common import grouped_samples
 from searchrl.algorithm.losses import LossInputs, LossOutputs
 from searchrl.batching import MicroBatch, make_batches
-from searchrl.cli import compose_config, main
+from searchrl.cli import main
+from searchrl.compose import compose_config
 from searchrl.config import Config
 from searchrl.distributed import World
 from searchrl.dumps import DumpError, dumped, read_dump

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from searchrl.cli import compose_config, load_config
+from searchrl.compose import compose_config, load_config
 from searchrl.config import ConfigError, JudgeConfig
 from searchrl.judge import Judge
 from searchrl.rewards import Claim, JudgeError

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from searchrl.cli import compose_config
+from searchrl.compose import compose_config
 from searchrl.config import ConfigError, DType, ModelConfig
 from searchrl.models import resolve_model
 from searchrl.policy import load_model

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchrl.config import LoggerConfig, WatchAction, WatchConfig
-from searchrl.metrics import MetricLog, read_records
+from searchrl.metrics import read_records
+from searchrl.sinks import MetricLog
 from searchrl.watch import Watch, rules
 
 METRICS = {rule.name: rule.metric for rule in rules(WatchConfig())}
@@ -176,7 +177,7 @@ def test_an_interrupted_run_raises_the_alarms_of_an_uninterrupted_one(tmp_path: 
     config = WatchConfig(window=2)
     whole = Watch(config)
     expected = [[str(alarm) for alarm in whole.observe({"update/grad_norm": value})] for value in values]
-    log = MetricLog(tmp_path, LoggerConfig(), {})
+    log = MetricLog(tmp_path, LoggerConfig(), {}, say=print)
     watch = Watch(config)
     for step, value in enumerate(values[:8], start=1):
         watch.observe({"update/grad_norm": value})

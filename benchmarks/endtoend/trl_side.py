@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 
 from searchrl.answers import exact_match
-from searchrl.cli import load_config
+from searchrl.compose import load_config
 from searchrl.config import Config
 from searchrl.data.readers import read_examples
 from searchrl.data.sampler import Sampler

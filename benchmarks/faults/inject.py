@@ -519,15 +519,17 @@ def thief(number: int) -> Iterator[None]:
 
 
 def wandb(where: Path) -> list[Row]:
-    """Offline, its service killed in the middle; and a sync that reaches nobody."""
-    with started(where, "wandb", "steps=4", "logger.wandb=offline") as run:
+    """Offline beside TensorBoard, its service killed in the middle; and a sync that reaches nobody."""
+    with started(where, "wandb", "steps=4", "logger=[wandb_offline,tensorboard]") as run:
         run.await_text(r"step 1/4")
         services = [pid for pid, command in run.pids().items() if "wandb-core" in command]
         for pid in services:
             os.kill(pid, signal.SIGKILL)
         code = run.end()
         left = run.left()
-    steps = len(run.records())
+    records = run.records()
+    steps, lost = len({one["step"] for one in records}), records[-1].get("logger/lost_records")
+    said = "said" if "logger: wandb failed" in run.text else "SILENT"
     files = list(run.folder.glob("wandb/offline-run-*/*.wandb"))
     size = sum(path.stat().st_size for path in files)
     sync = subprocess.run(
@@ -541,16 +543,17 @@ def wandb(where: Path) -> list[Row]:
     )
     kept = sum(path.stat().st_size for path in files) == size
     seen = (
-        f"{len(services)} service killed: exit {code}, {steps} steps in metrics.jsonl, left: {left or '-'}; "
+        f"{len(services)} service killed ({said}): exit {code}, {steps} steps in metrics.jsonl, "
+        f"{lost or 0:.0f} known to be lost, left: {left or '-'}; "
         f"`wandb sync` to a dead address: exit {sync.returncode}, "
         f"the {size} bytes {'stay' if kept else 'CHANGED'}"
     )
     return [
         (
             "wandb offline, its service killed; sync while its server is down",
-            "training goes on; what was recorded stays",
+            "training goes on and says so; what was recorded stays",
             seen,
-            code == 0 and steps == 4 and kept and size > 0,
+            code == 0 and steps == 4 and said == "said" and kept and size > 0,
         )
     ]
 

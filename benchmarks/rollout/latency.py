@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from latency_server import serving
 from policies import POLICIES, warm_start
 
-from searchrl.cli import load_config
+from searchrl.compose import load_config
 from searchrl.data.sampler import Sampler
 from searchrl.environment import matmul_gflops, prepare_environment
 from searchrl.retrieval.client import HttpRetriever

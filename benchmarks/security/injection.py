@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from searchrl.answers import exact_match
-from searchrl.cli import load_config
+from searchrl.compose import load_config
 from searchrl.environment import prepare_environment
 from searchrl.evaluation.rollouts import GREEDY
 from searchrl.rollout import Rollout

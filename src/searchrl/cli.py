@@ -9,11 +9,10 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from searchrl.compose import compose_config, load_config
 from searchrl.environment import silence
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ Teach a language model to search while it reasons.
   searchrl eval  +experiment=quickstart name=OTHER checkpoint=runs/NAME/model
   searchrl train +experiment=quickstart steps=5 group_size=4 optimizer.lr=1e-5
   searchrl doctor +experiment=quickstart       check the machine and all that this run needs
+  searchrl config                              every setting: type, default, meaning
 
 train, eval and warmstart start one process for each visible GPU; processes=N says otherwise.
 """
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (help_text, function) in _HYDRA_COMMANDS.items():
-        command = commands.add_parser(name, help=help_text)
+        command = commands.add_parser(name, help=help_text, epilog="`searchrl config` explains every setting")
         command.add_argument("overrides", nargs="*", help="Hydra overrides, for example steps=10")
         if function is _doctor:
             command.add_argument("--deep", action="store_true", help="probe with the run's own model")
@@ -48,77 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = commands.add_parser(name, help=help_text, add_help=False)
         command.set_defaults(function=function)
     args, rest = parser.parse_known_args(argv)
-    if rest and args.function not in (_data, _serve, _index, _replay):
+    if rest and args.function not in [function for *_, function in _FLAG_COMMANDS]:
         parser.error(f"unrecognized arguments: {' '.join(rest)}; settings are written key=value")
     args.rest = rest
     if args.command in _HYDRA_COMMANDS:
         silence()  # before a check imports what reads it
     args.function(args)
-
-
-def load_config(overrides: Sequence[str], *, training: bool = True) -> tuple[Config, dict[str, Any]]:
-    """Compose, convert and check a configuration.
-
-    Args:
-        overrides: as on the command line.
-        training: what it must be good for; False: an evaluation.
-
-    Returns:
-        The typed configuration, and the same as plain containers for the logs.
-
-    Raises:
-        ConfigError: an unknown key, a value of the wrong type, or a value that cannot work.
-    """
-    from searchrl.launcher import local_ranks, world_size
-    from searchrl.validation import validate
-
-    cfg, resolved = compose_config(overrides)
-    validate(cfg, world_size=world_size(cfg), local_world_size=local_ranks(cfg), training=training)
-    return cfg, resolved
-
-
-def compose_config(overrides: Sequence[str]) -> tuple[Config, dict[str, Any]]:
-    """`load_config` without the checks of values.
-
-    Raises:
-        ConfigError: an unknown key, or a value of the wrong type.
-    """
-    from hydra import compose, initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from searchrl.config import Config, ConfigError
-    from searchrl.explain import explain
-
-    ConfigStore.instance().store(name="schema", node=Config)
-    try:
-        with initialize_config_dir(str(config_folder()), version_base=None):
-            composed = compose("train", overrides=list(overrides))
-        cfg = OmegaConf.to_object(composed)
-    except (HydraException, OmegaConfBaseException, AttributeError) as error:
-        raise ConfigError(explain(error, overrides, _keys(Config))) from error
-    assert isinstance(cfg, Config)
-    resolved = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(resolved, dict)
-    return cfg, {str(key): value for key, value in resolved.items()}
-
-
-def config_folder() -> Path:
-    """Folder of the YAML files: inside the installed package, or beside ``src`` in a checkout."""
-    packaged = Path(str(files("searchrl"))) / "conf"
-    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "conf"
-
-
-def _keys(schema: Any, prefix: str = "") -> list[str]:
-    """All dotted keys of the schema, config groups included."""
-    keys = []
-    for entry in fields(schema):
-        keys.append(prefix + entry.name)
-        if callable(entry.default_factory) and is_dataclass(nested := entry.default_factory()):
-            keys += _keys(nested, f"{prefix}{entry.name}.")
-    return keys
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -229,6 +164,22 @@ def _serve(args: argparse.Namespace) -> None:
     serve(args.rest)
 
 
+def _config(args: argparse.Namespace) -> None:
+    from searchrl.config_cli import main as config
+
+    config(args.rest)
+
+
+def _completion(args: argparse.Namespace) -> None:
+    parser = argparse.ArgumentParser(prog="searchrl completion")
+    parser.add_argument("shell", choices=("bash",), help='for ~/.bashrc: eval "$(searchrl completion bash)"')
+    parser.parse_args(args.rest)
+    from searchrl.completion import bash
+
+    flagged = [name for name, *_ in _FLAG_COMMANDS]
+    print(bash([*_HYDRA_COMMANDS, *flagged], [*_HYDRA_COMMANDS, "config"]), end="")
+
+
 def _replay(args: argparse.Namespace) -> None:
     parser = argparse.ArgumentParser(prog="searchrl replay")
     parser.add_argument("path", type=Path, help="folder of the dump, runs/NAME/dumps/step-N.rankR")
@@ -316,6 +267,8 @@ _FLAG_COMMANDS = (  # they take flags of their own, not Hydra's overrides
     ("data", "build, prepare and audit question sets", _data),
     ("index", "build, import, convert and compare retrieval indexes", _index),
     ("serve", "serve an index over HTTP", _serve),
+    ("config", "explain every setting, or show what a run would use", _config),
+    ("completion", "print a script that teaches a shell to complete commands and settings", _completion),
     ("replay", "run a micro-batch again that was stopped because something is not finite", _replay),
 )
 

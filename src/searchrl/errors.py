@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
+from collections.abc import Iterable
 
 _OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 """No permission, a file system that is read-only, none of it left: never a bug, wherever it happens."""
@@ -43,3 +45,9 @@ def own_words(error: Exception) -> tuple[str, int] | None:
             return f"{name}: {error.strerror}; give this user access or room there, or name another", 1
         case _:
             return None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown ``name``: the nearest known one, or nothing if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -10,6 +10,8 @@ import difflib
 import re
 from collections.abc import Sequence
 
+from searchrl.errors import did_you_mean
+
 _WANTED = {
     "Integer": "a whole number",
     "Float": "a number",
@@ -104,8 +106,7 @@ def _is_known(key: str, known: Sequence[str]) -> bool:
 
 
 def _no_key(key: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, [*known, "experiment"], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "; `searchrl config` lists all"
+    hint = did_you_mean(key, [*known, "experiment"]) or "; `searchrl config` lists all"
     return f"unknown key {key!r}{hint}"
 
 

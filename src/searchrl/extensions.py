@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
@@ -12,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from searchrl.config import ConfigError
+from searchrl.errors import did_you_mean
 
 
 def load_function(
@@ -45,9 +45,7 @@ def load_function(
             "environment"
         ) from error
     if name not in vars(module):
-        near = difflib.get_close_matches(name, vars(module), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{setting}: {module_name} has no {name}{hint}")
+        raise ConfigError(f"{setting}: {module_name} has no {name}{did_you_mean(name, vars(module))}")
     function = vars(module)[name]
     if not callable(function):
         raise ConfigError(f"{setting} is {function!r}, which cannot be called")

@@ -1,14 +1,12 @@
-"""Numbers of a step: counted on every rank, reduced once, written to every sink under the same names."""
+"""Numbers of a step, counted on every rank and reduced once; and what is read back of them."""
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import NamedTuple
 
-from searchrl.config import LoggerConfig, WandbMode
 from searchrl.distributed import gather_objects
 
 
@@ -33,63 +31,20 @@ class Tally:
         return {name: total / count for name, (total, count) in merged.items() if count > 0}
 
 
-class MetricLog:
-    """``metrics.jsonl`` and, if asked for, Weights & Biases. Used on the main rank only."""
+class Transcript(NamedTuple):
+    """One trajectory of a sample that sinks show for reading; its fields are the columns of a table."""
 
-    def __init__(
-        self,
-        run_dir: Path,
-        config: LoggerConfig,
-        run_config: dict[str, Any],
-        *,
-        resumed_step: int | None = None,
-        wandb_run: str = "",
-    ) -> None:
-        """Open the sinks.
-
-        Args:
-            run_dir: the run directory.
-            config: which sinks.
-            run_config: the resolved configuration, recorded by Weights & Biases.
-            resumed_step: the step of the checkpoint that the run continues from, if it does; records of
-                later steps are dropped, because those steps are done again.
-            wandb_run: the id of the run that Weights & Biases is to continue; empty: a new one. Steps that it
-                has already it keeps: those done again are the same.
-        """
-        path = run_dir / "metrics.jsonl"
-        if resumed_step is not None and path.exists():
-            _drop_records_after(path, resumed_step)
-        self._file: TextIO = path.open("a", encoding="utf-8")
-        self._wandb: Any = None
-        if config.wandb is not WandbMode.disabled:
-            import wandb
-
-            self._wandb = wandb.init(
-                project=config.wandb_project,
-                name=run_dir.name,
-                dir=str(run_dir),
-                mode="online" if config.wandb is WandbMode.online else "offline",
-                config=run_config,
-                id=wandb_run or None,
-                # Offline nothing can be looked up: the id alone joins the parts when they are synced.
-                resume="allow" if wandb_run and config.wandb is WandbMode.online else None,
-            )
-        self.wandb_run: str = "" if self._wandb is None else self._wandb.id
-        """Its id there."""
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """One record: ``step`` and the values."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())  # a checkpoint counts on what stands here, after a power cut too
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
-
-    def close(self) -> None:
-        """Flush and close the sinks."""
-        self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+    question: str
+    answer: str
+    """Empty if there was none."""
+    gold: str
+    """The accepted answers, with ``|`` between them."""
+    outcome: str
+    reward: float | None
+    """None: it is void."""
+    searches: int
+    transcript: str
+    """What the policy wrote and what was appended to it, in order."""
 
 
 def read_records(run_dir: Path, last_step: int) -> list[dict[str, float]]:
@@ -101,13 +56,3 @@ def read_records(run_dir: Path, last_step: int) -> list[dict[str, float]]:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]
     return [record for record in records if record["step"] <= last_step]
-
-
-def _drop_records_after(path: Path, step: int) -> None:
-    kept = [json.dumps(record) + "\n" for record in read_records(path.parent, step)]
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write("".join(kept))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -11,9 +11,12 @@ from typing import Any
 
 from searchrl.answers import contains_answer
 from searchrl.collapse import collapse_terms
-from searchrl.metrics import Tally
+from searchrl.metrics import Tally, Transcript
 from searchrl.rewards import Reward, ScoredGroup
 from searchrl.trajectory import Group, Outcome, Provenance, Trajectory, Turn
+
+SHOWN = 16
+"""Trajectories of a step in the sample that is shown beside its numbers."""
 
 
 def rollout_tally(scored: Sequence[ScoredGroup]) -> Tally:
@@ -86,6 +89,23 @@ def write_trajectories(path: Path, scored: Sequence[ScoredGroup]) -> None:
                 scores = {"error": item.error(index), **_reward_scores(reward)}
                 record = trajectory_record(item.group, index, scores)
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def transcripts(scored: Sequence[ScoredGroup]) -> list[Transcript]:
+    """The first ``SHOWN`` trajectories, groups side by side."""
+    return [
+        Transcript(
+            question=item.group.example.question,
+            answer=trajectory.answer or "",
+            gold=" | ".join(item.group.example.golden_answers),
+            outcome=str(trajectory.outcome),
+            reward=None if reward is None else reward.total,
+            searches=trajectory.num_searches,
+            transcript="".join(turn.text + turn.observation_text for turn in trajectory.turns),
+        )
+        for item in scored
+        for trajectory, reward in zip(item.group.trajectories, item.rewards, strict=True)
+    ][:SHOWN]
 
 
 def drop_later(run_dir: Path, step: int) -> None:

@@ -16,11 +16,11 @@ from searchrl.actor import Actor
 from searchrl.checkpoint import Checkpoints, Progress, Saved
 from searchrl.data.sampler import Sampler
 from searchrl.distributed import derived_seed, seed_everything
-from searchrl.metrics import MetricLog
 from searchrl.out_of_memory import TokenBudget
 from searchrl.overlap import Rollouts
 from searchrl.records import drop_later
 from searchrl.setup import Run
+from searchrl.sinks import MetricLog
 from searchrl.weight_sync import WeightSync
 
 
@@ -55,13 +55,21 @@ def open_log(run: Run, resolved: dict[str, Any], saved: Saved | None) -> MetricL
         run: the run.
         resolved: its configuration as plain containers.
         saved: what it continues from.
+
+    Raises:
+        SinkError: a sink cannot be opened, before the first step.
     """
     if not run.env.world.is_main:
         return None
     done = Progress() if saved is None else saved.progress
     drop_later(run.env.run_dir, done.step)
     return MetricLog(
-        run.env.run_dir, run.env.cfg.logger, resolved, resumed_step=done.step, wandb_run=done.wandb_run
+        run.env.run_dir,
+        run.env.cfg.logger,
+        resolved,
+        say=run.env.console.say,
+        resumed_step=done.step,
+        wandb_run=done.wandb_run,
     )
 
 

@@ -23,18 +23,19 @@ from searchrl.evaluation.results import Result
 from searchrl.evaluation.training import evaluate_before, evaluate_policy, report
 from searchrl.failures import check_failures
 from searchrl.heartbeat import Heartbeat
-from searchrl.metrics import MetricLog, Tally, read_records
+from searchrl.metrics import Tally, read_records
 from searchrl.out_of_memory import TokenBudget
 from searchrl.overlap import Rollouts
 from searchrl.policy import ReferencePolicy
 from searchrl.preemption import saved_before_stop
-from searchrl.records import policy_lag, rollout_tally, write_trajectories
+from searchrl.records import policy_lag, rollout_tally, transcripts, write_trajectories
 from searchrl.reference import Reference
 from searchrl.resuming import Saver, begin_step, make_room, open_log, resume
 from searchrl.retrieval.meter import RetrievalStats, merge_stats
 from searchrl.rewards import ScoredGroup
 from searchrl.samples import to_samples, unscored_samples
 from searchrl.setup import Run, make_actor, open_training
+from searchrl.sinks import MetricLog
 from searchrl.trajectory import Example, Group, Sample
 from searchrl.update import Update, apply_update, prepare_update, reward_penalties
 from searchrl.watch import Alarm, CollapseError, Watch
@@ -92,7 +93,7 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
             metrics = _step_metrics(run, played, samples, step) | penalized | updated | synced.metrics()
             alarms = watch.observe(broadcast_object(metrics))
             metrics |= watch.metrics()
-            _tell(run, log, step + 1, metrics, alarms)
+            _tell(run, log, step + 1, metrics, alarms, played.collected.scored)
             if cfg.eval.every and (step + 1) % cfg.eval.every == 0 and step + 1 < cfg.steps:
                 with safely(step + 1):
                     metrics |= _evaluate_between(run, step + 1, log)
@@ -208,10 +209,16 @@ def _step_metrics(run: Run, played: Played, samples: Sequence[Sample], step: int
 
 
 def _tell(
-    run: Run, log: MetricLog | None, step: int, metrics: dict[str, float], alarms: Sequence[Alarm]
+    run: Run,
+    log: MetricLog | None,
+    step: int,
+    metrics: dict[str, float],
+    alarms: Sequence[Alarm],
+    scored: Sequence[ScoredGroup],
 ) -> None:
     if log is not None:
         log.write(step, metrics)
+        log.show(step, transcripts(scored))
     run.env.console.step(step, run.env.cfg.steps, metrics)
     for alarm in alarms:
         run.env.console.warn(f"watch: {alarm}")

@@ -22,7 +22,7 @@ from searchrl.algorithm.importance import (
     needs_global,
 )
 from searchrl.algorithm.mismatch import measure
-from searchrl.cli import load_config
+from searchrl.compose import load_config
 from searchrl.config import ImportanceConfig, Level, RejectionConfig, RejectionLevel, WeightMode
 
 LEVELS, MODES, REJECTIONS = list(Level), list(WeightMode), list(RejectionLevel)

@@ -17,7 +17,7 @@ from enum import StrEnum
 from random import Random
 from typing import Any
 
-from searchrl.cli import load_config
+from searchrl.compose import load_config
 from searchrl.config import Config, ConfigError
 from searchrl.errors import SearchrlError
 

@@ -36,6 +36,7 @@ from integration.launch import (
     started,
     wait_for_event,
 )
+from sink_files import event_files, steps, wandb_steps
 
 pytestmark = pytest.mark.integration
 
@@ -237,6 +238,7 @@ def continued(bench: Bench) -> Ended:
 def watched(bench: Bench) -> tuple[Ended, Ended]:
     """Stopped by a rule whose bound no update can keep; then continued by one step."""
     settings = ("overlap=true", "eval.before=false", "watch={action: stop, window: 1, min_ess_ratio: 1}")
+    settings += ("logger=[wandb_offline,tensorboard]", "logger.trajectories_every=1")
     stopped = bench.run("watched", "steps=50", *settings)
     last = bench.records("watched")[-1]["step"]
     more = ("resume=true", "watch.action=warn", f"steps={last + 1}", "eval.questions=1")
@@ -645,6 +647,26 @@ def test_a_watch_stops_the_run_after_a_checkpoint_from_which_it_goes_on(
     assert numbers == set(range(4 * last["step"]))
     assert last["watch/mismatch"] == 1.0
     assert "watch: mismatch" not in continued.printed  # it has been said
+
+
+def test_sinks_hold_what_the_metrics_file_holds_over_a_stop_and_a_resume(
+    bench: Bench, later: dict[str, Future[tuple[Ended, Ended]]]
+) -> None:
+    later["watched"].result()
+    folder = bench.at("watched")
+    expected = steps(folder)
+    scalars, accumulator = event_files(folder)
+    assert scalars == [pytest.approx(record, rel=1e-6, abs=1e-9) for record in expected]
+    texts = accumulator.Tensors("trajectories/text_summary")
+    assert [text.step for text in texts] == [record["step"] for record in expected]
+    question = bench.trajectories("watched", "step-000001.rank0.jsonl")[0]["question"]
+    assert question in texts[0].tensor_proto.string_val[0].decode()
+    first, second = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    assert first.name == second.name  # one run to Weights & Biases
+    history = [*wandb_steps(first), *wandb_steps(second)]
+    for record, row in zip(expected, history, strict=True):
+        assert row.pop("trajectories")["nrows"] == 16
+        assert row == pytest.approx(record, rel=1e-6)
 
 
 def test_a_preempted_run_saves_and_goes_on_as_if_nothing_had_been(

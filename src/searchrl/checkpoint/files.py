@@ -8,13 +8,12 @@ all. What happens to it later, the manifest tells.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from searchrl.data.files import sha256
+from searchrl.data.files import flush, sha256
 from searchrl.errors import SearchrlError
 
 MANIFEST = "manifest.json"
@@ -94,12 +93,3 @@ def find_damage(folder: Path, *, part: int = 0, parts: int = 1) -> str:
         if sha256(path) != record.sha256:
             return f"has other bytes in {name} than were written"
     return ""
-
-
-def flush(path: Path) -> None:
-    """Bring a file's content, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -58,7 +58,9 @@ class WandbMode(StrEnum):
 
     disabled = "disabled"
     offline = "offline"
+    """Into files, which `wandb sync` uploads."""
     online = "online"
+    """To its server, as the run goes; the key is read from WANDB_API_KEY or what `wandb login` left."""
 
 
 class Attention(StrEnum):
@@ -288,12 +290,21 @@ class WarmstartConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LoggerConfig:
-    """Metric sinks beside the console and ``metrics.jsonl``."""
+    """Where metrics go beside the console and ``metrics.jsonl``; several at once: logger=[wandb,tensorboard].
+
+    Everywhere they have the same names. A sink that fails later than at its start does not end the run: that
+    is said, and counted in ``logger/lost_records``.
+    """
 
     wandb: WandbMode = WandbMode.disabled
-    """Weights & Biases; ``offline`` needs no network."""
+    """Weights & Biases; ``offline`` needs no network: `wandb sync` uploads what it leaves in ``wandb/``."""
     wandb_project: str = "searchrl"
     """Project name."""
+    tensorboard: bool = False
+    """Event files in ``tensorboard/`` of the run directory."""
+    trajectories_every: int = 10
+    """Steps between samples of trajectories to read in these sinks: sixteen of the first rank's, wandb's as a
+    table; 0: none. All trajectories are in ``trajectories/``, whatever this is."""
 
 
 @dataclass(kw_only=True, slots=True)

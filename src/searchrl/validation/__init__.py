@@ -5,6 +5,7 @@ from __future__ import annotations
 from searchrl.config import Config, ConfigError
 from searchrl.validation.algorithm import algorithm_problems
 from searchrl.validation.general import general_problems
+from searchrl.validation.logger import logger_problems
 from searchrl.validation.model import model_problems
 from searchrl.validation.retrieval import retrieval_problems
 from searchrl.validation.reward import reward_problems
@@ -33,6 +34,7 @@ def validate(
         *reward_problems(cfg),
         *model_problems(cfg),
         *retrieval_problems(cfg.retrieval, training),
+        *(logger_problems(cfg.logger) if training else ()),
     ]
     if problems:
         raise ConfigError("the configuration cannot run:\n" + "\n".join(f"  - {p}" for p in problems))

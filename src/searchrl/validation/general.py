@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
 from searchrl.config import COMPARED_BY_CONTENT, Config, DType, RewardKind, WatchConfig, settings_to_keep
+from searchrl.errors import did_you_mean
 from searchrl.model_shape import ModelShape, find_shape
 from searchrl.watch import rules
 
@@ -222,9 +222,8 @@ def _resuming(cfg: Config) -> Iterator[str]:
     known = {*settings_to_keep(cfg), *COMPARED_BY_CONTENT}
     for name in cfg.resume_changes:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "it may change anyway, or does not exist"
-            yield f"resume_changes={name} is nothing that a resumed run must keep; {hint}"
+            hint = did_you_mean(name, known) or "; it may change anyway, or does not exist"
+            yield f"resume_changes={name} is nothing that a resumed run must keep{hint}"
     every, evaluated = cfg.saving.every, cfg.eval.every
     if cfg.saving.keep_best and (every < 1 or evaluated < 1 or every % evaluated):
         yield (

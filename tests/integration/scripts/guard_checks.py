@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from integration.scripts.common import random_samples
 from searchrl.actor import Actor
-from searchrl.cli import compose_config
+from searchrl.compose import compose_config
 from searchrl.config import OptimizerConfig
 from searchrl.distributed import World, gather_objects
 from searchrl.dumps import dumped
