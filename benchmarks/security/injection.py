@@ -21,7 +21,7 @@ from searchrl.answers import exact_match
 from searchrl.cli import load_config
 from searchrl.environment import prepare_environment
 from searchrl.evaluation.rollouts import GREEDY
-from searchrl.rollout import Rollout
+from searchrl.episodes import Rollout
 from searchrl.setup import Run, initial_policy, load_policy, open_environment
 from searchrl.tools import Tool
 from searchrl.trajectory import Example, Group, ToolCall, ToolResult

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from searchrl.config import Config
+    from searchrl.evaluation.summary import Part
 
 _DESCRIPTION = """\
 Teach a language model to search while it reasons.
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = commands.add_parser(name, help=help_text, add_help=False)
         command.set_defaults(function=function)
     args, rest = parser.parse_known_args(argv)
-    if rest and args.function not in (_data, _serve, _index, _replay):
+    if rest and args.function not in (_data, _serve, _index, _replay, _play):
         parser.error(f"unrecognized arguments: {' '.join(rest)}; settings are written key=value")
     args.rest = rest
     args.function(args)
@@ -137,32 +138,48 @@ def _keys(schema: Any, prefix: str = "") -> list[str]:
 
 
 def _train(args: argparse.Namespace) -> None:
+    cfg, resolved = load_config(args.overrides)
+    claim_run(cfg, resolved)
+    if not _launched(args, cfg):
+        run_training(cfg, resolved)
+
+
+def run_training(cfg: Config, resolved: dict[str, Any]) -> Path:
+    """Train in this process, one of the run's ranks; the folder of the final model."""
     from searchrl.launcher import world_size
     from searchrl.plan import summary
 
-    cfg, resolved = load_config(args.overrides)
-    _check_memory(cfg)
-    _claim_run_dir(cfg, resolved)
-    if _launched(args, cfg):
-        return
     if os.environ.get("RANK", "0") == "0":
         print(summary(cfg, world_size=world_size(cfg)), flush=True)
     _prepare(cfg)
     from searchrl.trainer import train
 
-    train(cfg, resolved)
+    return train(cfg, resolved)
 
 
 def _eval(args: argparse.Namespace) -> None:
     cfg, resolved = load_config(args.overrides, training=False)
-    _check_memory(cfg, training=False)
-    _claim_run_dir(cfg, resolved, training=False)
-    if _launched(args, cfg):
-        return
+    claim_run(cfg, resolved, training=False)
+    if not _launched(args, cfg):
+        run_evaluation(cfg, command=shlex.join(["searchrl", "eval", *args.overrides]))
+
+
+def run_evaluation(cfg: Config, *, command: str) -> list[Part]:
+    """Evaluate in this process, one of the ranks; the table's rows on the first, none on the others."""
     _prepare(cfg)
     from searchrl.evaluation.benchmark import evaluate_checkpoint
 
-    evaluate_checkpoint(cfg, command=shlex.join(["searchrl", "eval", *args.overrides]))
+    return evaluate_checkpoint(cfg, command=command)
+
+
+def claim_run(cfg: Config, resolved: dict[str, Any], *, training: bool = True) -> None:
+    """Refuse what cannot fit; create the run directory and record the configuration there.
+
+    Raises:
+        ConfigError: the plan does not fit the device, or the directory holds another run or evaluation.
+    """
+    check_memory(cfg, training=training)
+    _claim_run_dir(cfg, resolved, training=training)
 
 
 def _launched(args: argparse.Namespace, cfg: Config) -> bool:
@@ -188,7 +205,7 @@ def _validate(args: argparse.Namespace) -> None:
     )
     print(describe(cfg, world_size=world_size(cfg)))
     if cfg.device_memory_gib:
-        _check_memory(cfg)
+        check_memory(cfg)
         print(f"  fits {cfg.device_memory_gib:g} GiB")
 
 
@@ -254,7 +271,23 @@ def _replay(args: argparse.Namespace) -> None:
     replay(given.path, model=given.model, device=given.device)
 
 
-def _check_memory(cfg: Config, *, training: bool = True) -> None:
+def _play(args: argparse.Namespace) -> None:
+    from searchrl.launcher import require_devices, require_one_process
+    from searchrl.play import argument_parser
+
+    given = argument_parser().parse_intermixed_args(args.rest)
+    cfg, _ = load_config(["processes=1", *given.overrides], training=False)
+    require_one_process(cfg, "searchrl play")
+    if not given.human:
+        require_devices(cfg)
+        check_memory(cfg, training=False)
+    _prepare(cfg)
+    from searchrl.play.session import play
+
+    play(cfg, given)
+
+
+def check_memory(cfg: Config, *, training: bool = True) -> None:
     """Refuse a run whose plan cannot fit; one rank of a machine speaks for all."""
     from searchrl.launcher import local_ranks, world_size
     from searchrl.plan import check_fits
@@ -309,6 +342,7 @@ _FLAG_COMMANDS = (  # they take flags of their own, not Hydra's overrides
     ("data", "build, prepare and audit question sets", _data),
     ("index", "build, import, convert and compare retrieval indexes", _index),
     ("serve", "serve an index over HTTP", _serve),
+    ("play", "ask a policy at the terminal and watch it search; or --human: act in its place", _play),
     ("replay", "run a micro-batch again that was stopped because something is not finite", _replay),
 )
 
