@@ -98,6 +98,8 @@ class Person:
     stage: Stage
     ask: Callable[[str], str]
     """Reads a line; raises ``EOFError`` at the end of the input, ``KeyboardInterrupt`` at Ctrl-C."""
+    echoes: bool
+    """Show what was read, which did not appear as it was typed."""
     policy_version: int = 0
 
     def run(self, runner: asyncio.Runner, work: Coroutine[Any, Any, list[T]]) -> list[T]:
@@ -129,6 +131,9 @@ class Person:
         if len(ids) > request.max_tokens:
             ids, finish = ids[: request.max_tokens], Finish.LENGTH
             stage.screen.say(f"(cut after {request.max_tokens} tokens)", "dim")
+        if self.echoes:
+            stage.screen.write(Provenance.SAMPLED, stage.protocol.decode(ids))
+            stage.screen.close()
         stage.shown += len(ids)
         return Generation(token_ids=ids, logprobs=[0.0] * len(ids), finish=finish)
 

@@ -154,7 +154,7 @@ class Session:
     def _rollout(self) -> Rollout:
         env = self.env
         stage = Stage(screen=self.screen, protocol=env.protocol, exact=self.engine is None)
-        player: Player = Person(stage=stage, ask=read_line)
+        player: Player = Person(stage=stage, ask=read_line, echoes=not sys.stdin.isatty())
         if self.engine is not None:
             player = WatchedEngine(engine=self.engine, stage=stage)
         return Rollout(
@@ -182,7 +182,9 @@ class Session:
 
 
 def read_line(prompt: str) -> str:
-    """A line from the input. Ctrl-C ends the waiting, also within an event loop, which would only note it.
+    """A line from the input; only a terminal is prompted.
+
+    Ctrl-C ends the waiting, also within an event loop, which would only note it.
 
     Raises:
         EOFError: the input has ended.
@@ -190,6 +192,6 @@ def read_line(prompt: str) -> str:
     """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return input(prompt)
+        return input(prompt if sys.stdin.isatty() else "")
     finally:
         signal.signal(signal.SIGINT, before)
