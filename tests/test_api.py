@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import inspect
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,7 +18,10 @@ import pytest
 import searchrl
 from example import ROOT
 from searchrl import api
+from searchrl.cli import load_config
 from searchrl.config import ConfigError
+from searchrl.overrides import command_line_overrides
+from searchrl.play import argument_parser
 
 CALLS: dict[str, Callable[..., object]] = {
     "train": lambda overrides: searchrl.train("quickstart", overrides),
@@ -70,8 +77,10 @@ def test_it_is_not_called_where_it_cannot_work(name: str, monkeypatch: pytest.Mo
     async def inside() -> None:
         CALLS[name]({})
 
-    with pytest.raises(ConfigError, match=r"searchrl\.\w+ runs an event loop of its own"):
+    with pytest.raises(ConfigError, match=r"searchrl\.\w+ has an event loop and signal handlers of its own"):
         asyncio.run(inside())
+    with ThreadPoolExecutor(1) as threads, pytest.raises(ConfigError, match=r"or from another thread"):
+        threads.submit(CALLS[name], {}).result()
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match=r"searchrl\.\w+ cannot begin while a policy is open"):
         CALLS[name]({})
@@ -96,3 +105,46 @@ def test_a_rollout_needs_a_sample_and_a_temperature(samples: int, temperature: f
     run: Any = None  # nothing of it is looked at
     with pytest.raises(ConfigError, match=f"samples={samples}, temperature={temperature:g}: there must be"):
         api.Policy(run).rollout(["Who?"], samples=samples, temperature=temperature)
+
+
+# --- docs/python.md and docs/play.md --------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+PLAY = re.findall(r"^    searchrl play (.*)$", (ROOT / "docs" / "play.md").read_text("utf-8"), re.MULTILINE)
+
+
+def calls(code: str) -> list[ast.Call]:
+    """Calls of the API."""
+    nodes = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call))
+    return [node for node in nodes if isinstance(node.func, ast.Name) and node.func.id in searchrl.__all__]
+
+
+@pytest.mark.usefixtures("shipped_files")
+@pytest.mark.parametrize("call", [call for code in BLOCKS for call in calls(code)], ids=ast.unparse)
+def test_a_call_of_the_page_fits_its_function_and_composes(call: ast.Call) -> None:
+    function = getattr(searchrl, ast.unparse(call.func))
+    keywords = {str(word.arg): word.value for word in call.keywords}
+    bound = inspect.signature(function).bind(*call.args, **keywords).arguments
+    given = {name: ast.literal_eval(bound[name]) for name in ("experiment", "overrides") if name in bound}
+    words = command_line_overrides(given.get("overrides", ()))
+    load_config([f"+experiment={given['experiment']}", *words], training=function is searchrl.train)
+
+
+def test_the_page_has_calls_of_every_kind() -> None:
+    assert {ast.unparse(call.func) for code in BLOCKS for call in calls(code)} == {
+        "train",
+        "evaluate",
+        "rollout",
+    }
+
+
+@pytest.mark.usefixtures("shipped_files")
+@pytest.mark.parametrize("command", PLAY)
+def test_a_command_of_the_page_on_play_composes(command: str) -> None:
+    given = argument_parser().parse_intermixed_args(shlex.split(command))
+    load_config(given.overrides, training=False)
+
+
+def test_the_page_on_play_has_commands() -> None:
+    assert len(PLAY) == 3

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -306,11 +308,10 @@ def _refuse(cfg: Config, who: str) -> None:
             f"{who} cannot begin while a policy is open in this process, or under torchrun; leave the block "
             "of open_policy first"
         )
-    with suppress(RuntimeError):
-        asyncio.get_running_loop()
+    if threading.current_thread() is not threading.main_thread() or _in_event_loop():
         raise ConfigError(
-            f"{who} runs an event loop of its own, so it cannot be called within one (a notebook, an async "
-            "function); call it from a plain script"
+            f"{who} has an event loop and signal handlers of its own, so it cannot be called within an event "
+            "loop (a notebook, an async function) or from another thread; call it from a plain script"
         )
     if cfg.device is Device.cpu and "torch" in sys.modules and _THREAD_VARIABLE not in os.environ:
         warnings.warn(
@@ -322,14 +323,25 @@ def _refuse(cfg: Config, who: str) -> None:
         )
 
 
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
 @contextmanager
 def _leaving_nothing() -> Iterator[None]:
     """Whatever ends the block, no engine and no process group is left in this process, which goes on."""
+    handlers = {sent: signal.getsignal(sent) for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:
         from searchrl.setup import end_runs
 
         end_runs()
+        for sent, handler in handlers.items():
+            signal.signal(sent, handler)
         for variable in _RANK_VARIABLES:
             os.environ.pop(variable, None)

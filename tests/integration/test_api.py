@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import re
+import select
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from example import ROOT
-from integration.launch import Checks, run_checks
+from integration.launch import Checks, environment, python, run_checks
 
 pytestmark = pytest.mark.integration
 
@@ -86,3 +92,82 @@ def test_errors_are_exceptions_and_only_training_and_evaluation_write(checks: Ch
     assert kind == "ConfigError"
     assert "runs/again holds a run already" in message
     assert checks.results["run directories"] == ["again", "script", "script-all"]
+
+
+# --- searchrl play --------------------------------------------------------------------------------------
+
+PLAY = (
+    "+experiment=smoke",
+    "model.path=random:tiny",
+    "data={train: '', eval: questions.jsonl}",
+    "retrieval.corpus=corpus.jsonl",
+    "warmstart.demonstrations=0",
+    "episode={prompt_template: '{question}', max_turn_tokens: 400, max_context_tokens: 2048}",
+)
+
+
+class Terminal:
+    """A command at a terminal of its own: what it prints, piece by piece, and keys for it."""
+
+    def __init__(self, command: list[str], folder: Path) -> None:
+        self._master, slave = pty.openpty()
+        variables = environment() | {"TMPDIR": str(folder), "TERM": "xterm", "NO_COLOR": "1"}
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=variables, preexec_fn=lambda: os.login_tty(slave)
+        )
+        os.close(slave)
+        self.pieces = 0
+        """How often something came from it."""
+        self._unread = ""
+
+    def until(self, text: str, timeout_s: float = 120) -> str:
+        """What is printed up to ``text``."""
+        deadline = time.monotonic() + timeout_s
+        while text not in self._unread:
+            ready, _, _ = select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"no {text!r} within {timeout_s} s:\n{self._unread}"
+            try:
+                self._unread += os.read(self._master, 65536).decode(errors="replace")
+            except OSError:  # the other side has closed it
+                raise AssertionError(f"it ended without printing {text!r}:\n{self._unread}") from None
+            self.pieces += 1
+        before, found, self._unread = self._unread.partition(text)
+        return before + found
+
+    def type(self, keys: str) -> None:
+        """Press keys."""
+        os.write(self._master, keys.encode())
+
+    def close(self) -> None:
+        """End what is left of it."""
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+
+def test_a_policy_is_watched_interrupted_and_left_at_a_terminal(folder: Path, tmp_path: Path) -> None:
+    for name in ("corpus.jsonl", "questions.jsonl"):
+        (tmp_path / name).symlink_to(folder / name)
+    terminal = Terminal(python("searchrl.cli", ["play", *PLAY]), tmp_path)
+    try:
+        terminal.until("question> ")
+        terminal.type(":example q0\n")
+        before = terminal.pieces
+        shown = terminal.until("gold answer read")
+        assert terminal.pieces - before > 10, "tokens come as they are sampled, not at the end"
+        assert "sampled     | " in shown
+        assert re.search(r"outcome: \w+, \d search(es)?, \d{3,} sampled tokens", shown)
+        assert "gold:    Peru" in shown
+        assert "\x1b[3" not in shown, "no colours where NO_COLOR is set"
+        terminal.until("question> ")
+        terminal.type("Who?\n")
+        terminal.until("sampled     | ")
+        terminal.type("\x03")
+        terminal.until("dropped")
+        terminal.until("question> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(60) == 0
+    finally:
+        terminal.close()
+    assert not (tmp_path / "runs").exists()
+    assert list(tmp_path.glob("searchrl-*")) == []
