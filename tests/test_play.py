@@ -225,7 +225,8 @@ def test_the_command_leaves_nothing_behind(
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     typed(monkeypatch, "<answer>Accra</answer>")
-    settings = [f"model.path={tiny_model}", f"data.eval={cfg.data.eval}", "retrieval=none", "device=cpu"]
+    settings = [f"model.path={tiny_model}", f"data.eval={cfg.data.eval}", "retrieval=none"]
+    settings += ["warmstart.demonstrations=0"]
     main(
         [
             "play",
@@ -238,6 +239,10 @@ def test_the_command_leaves_nothing_behind(
         ]
     )
     assert "reward:  1 = +1 answer" in capsys.readouterr().out
+    typed(monkeypatch)
+    with pytest.raises(SystemExit) as left:
+        main(["play", "+experiment=smoke", "--human", *settings, "--question", "Who?"])
+    assert left.value.code == 1
     assert list(temporary.iterdir()) == []
     assert not (tmp_path / "runs").exists()
 

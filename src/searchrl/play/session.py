@@ -37,7 +37,7 @@ def play(cfg: Config, given: argparse.Namespace) -> None:
         given: what `play.argument_parser` has parsed.
 
     Raises:
-        SystemExit: 1, if the only question could not be played to its end: its search failed.
+        SystemExit: 1, if the only question was not played to its end: a search failed, or the person left.
         ConfigError: there is no such example, or it cannot be asked under this retrieval.
     """
     if given.temperature < 0:
@@ -47,14 +47,18 @@ def play(cfg: Config, given: argparse.Namespace) -> None:
         with _opened(cfg, human=given.human) as (env, engine):
             session = Session(env, engine, SamplingConfig(temperature=given.temperature))
             if given.question is not None:
-                trajectory = session.ask(typed(given.question))
+                example = typed(given.question)
             elif given.example is not None:
-                trajectory = session.ask(session.find(given.example))
+                example = session.find(given.example)
             elif given.random:
-                trajectory = session.ask(session.any())
+                example = session.any()
             else:
                 session.loop()
                 return
+            try:
+                trajectory = session.ask(example)
+            except EOFError:  # the person has gone
+                trajectory = None
     if trajectory is None or trajectory.outcome.is_void:
         raise SystemExit(1)
 
