@@ -19,7 +19,6 @@ from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from weakref import WeakSet
 
 from searchrl.config import DType, EngineConfig
 from searchrl.distributed import World, seed_everything
@@ -44,7 +43,8 @@ T = TypeVar("T")
 OnTokens = Callable[[list[int]], None]
 """Hears, in the engine's thread, all that a request has sampled so far, after every step."""
 
-_loaded: WeakSet[Engine] = WeakSet()
+_loaded: list[Engine] = []
+"""Kept until shut down: vLLM ends torch.distributed when one is collected, be it in the next run."""
 
 
 class Engine:
@@ -107,7 +107,7 @@ class Engine:
         self._asleep: set[str] = set()
         self.policy_version = 0
         """Version of the weights, stamped on every turn."""
-        _loaded.add(self)
+        _loaded.append(self)
 
     def run(self, runner: asyncio.Runner, work: Coroutine[Any, Any, list[T]]) -> list[T]:
         """Run what awaits ``generate`` to its end; the engine is at rest afterwards. A collective.
@@ -297,7 +297,7 @@ class Engine:
 
     def shutdown(self) -> None:
         """Stop, and free the memory. Destroys the default process group too: a rank does it last."""
-        _loaded.discard(self)
+        _loaded.remove(self)
         self._thread.shutdown()
         self._engine.engine_core.shutdown()
 
