@@ -59,12 +59,12 @@ def test_a_rollout_answers_every_question_so_many_times(checks: Checks) -> None:
 
 def test_a_run_leaves_no_engine_no_group_no_process_and_no_rank(checks: Checks) -> None:
     for left in checks.results["left"]:
-        assert left == {"variables": [], "groups": False, "children": [], "threads": ["MainThread"]}
+        assert left == {"variables": [], "groups": False, "children": [], "threads": []}
 
 
 def test_training_returns_what_it_made(checks: Checks) -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(checks.results["model"])
-    assert checks.results["steps"] == [0, 1, 1]
+    assert checks.results["steps"] == [1, 1]  # the step, and the evaluation after it
     (cost,) = (cost for cost in checks.results["searches"] if cost is not None)
     assert cost == 0  # a custom reward pays for searches itself
     assert "reward: " in checks.printed
@@ -120,7 +120,7 @@ class Terminal:
         """How often something came from it."""
         self._unread = ""
 
-    def until(self, text: str, timeout_s: float = 120) -> str:
+    def until(self, text: str, timeout_s: float = 240) -> str:
         """What is printed up to ``text``."""
         deadline = time.monotonic() + timeout_s
         while text not in self._unread:

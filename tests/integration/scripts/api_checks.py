@@ -34,6 +34,10 @@ SETTINGS: dict[str, object] = {
 }
 
 
+OURS = ("engine", "heartbeat", "rollout", "retrieval-monitor")
+"""How the names of threads begin that runs start."""
+
+
 def by_length(trajectory: Trajectory, example: Example) -> float:
     """Something that varies, whatever a random policy says."""
     del example
@@ -45,11 +49,12 @@ def left() -> dict[str, Any]:
     import torch.distributed as dist
 
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    commands = [Path(f"/proc/{pid}/cmdline").read_bytes().decode() for pid in children]
     return {
         "variables": [name for name in ("RANK", "WORLD_SIZE", "MASTER_PORT") if name in os.environ],
         "groups": dist.is_initialized(),
-        "children": [Path(f"/proc/{pid}/cmdline").read_bytes().decode() for pid in children],
-        "threads": sorted(thread.name for thread in threading.enumerate() if not thread.daemon),
+        "children": [command for command in commands if "searchrl" in command],
+        "threads": [name for thread in threading.enumerate() if (name := thread.name).startswith(OURS)],
     }
 
 
