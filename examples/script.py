@@ -4,7 +4,8 @@ From the folder that holds ``assets`` (``searchrl data worldfacts`` makes it)::
 
     python examples/script.py
 
-An hour on two cores; ``main("smoke", {}, name="script")`` takes two minutes, and what it answers is noise.
+The quickstart and one evaluation more; ``main("smoke", {}, name="script")`` shows in minutes that everything
+works, and answers noise.
 """
 
 from __future__ import annotations
