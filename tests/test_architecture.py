@@ -49,6 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "retrieval",
         "models",
         "extensions",
+        "overrides",
         "launcher",
         "shards",
         "preemption",
@@ -66,12 +67,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "failures",
         "dumps",
     ),
-    ("rollout", "weight_sync", "checkpoint", "objective", "samples", "compose"),
+    ("episodes", "weight_sync", "checkpoint", "objective", "samples", "compose"),
     ("evaluation", "warmstart", "sources", "update", "collect", "overlap"),
     ("setup",),
     ("resuming", "evaluation.training"),
-    ("trainer", "evaluation.benchmark", "doctor", "replay", "config_cli", "completion"),
+    ("trainer", "evaluation.benchmark", "doctor", "replay", "config_cli", "completion", "play"),
     ("cli", "report"),
+    ("api",),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 
@@ -287,13 +289,13 @@ def test_layer_faults(name: str, source: str, faults: int) -> None:
     ("name", "source", "faults"),
     [
         ("engine", "import vllm", 0),
-        ("rollout", "from vllm import LLM", 1),
-        ("rollout", "if TYPE_CHECKING:\n    from vllm import LLM", 1),
+        ("episodes", "from vllm import LLM", 1),
+        ("episodes", "if TYPE_CHECKING:\n    from vllm import LLM", 1),
         ("actor", "def f():\n    import deepspeed.ops", 0),
         ("distributed", "def f():\n    import deepspeed.ops", 1),
         ("retrieval.encoder", "from transformers import AutoModel", 0),
         ("retrieval.index", "from transformers import AutoModel", 1),
-        ("rollout", "if TYPE_CHECKING:\n    from transformers import PreTrainedTokenizerBase", 0),
+        ("episodes", "if TYPE_CHECKING:\n    from transformers import PreTrainedTokenizerBase", 0),
     ],
 )
 def test_owner_faults(name: str, source: str, faults: int) -> None:

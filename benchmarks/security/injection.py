@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 from searchrl.answers import exact_match
 from searchrl.compose import load_config
 from searchrl.environment import prepare_environment
+from searchrl.episodes import Rollout
 from searchrl.evaluation.rollouts import GREEDY
-from searchrl.rollout import Rollout
 from searchrl.setup import Run, initial_policy, load_policy, open_environment
 from searchrl.tools import Tool
 from searchrl.trajectory import Example, Group, ToolCall, ToolResult

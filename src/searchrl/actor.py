@@ -55,7 +55,6 @@ from searchrl.zero import (
 SYNC_BUCKET_ELEMENTS = 64 * 2**20
 """Parameters gathered at one time when weights leave the actor under ZeRO-3."""
 
-
 LossSum = Callable[[TokenOutputs], Tensor]
 """Maps token outputs to a scalar: the *sum* of the loss over the micro-batch's tokens."""
 
@@ -83,6 +82,11 @@ def init_communication(world: World) -> None:
         torch.cuda.set_device(world.local_rank)
     backend = "gloo" if world.device == "cpu" else "nccl"
     deepspeed.init_distributed(backend, verbose=False, timeout=timedelta(seconds=world.timeout_s))
+
+
+def forget_groups() -> None:
+    """Let go of DeepSpeed's process groups, which were destroyed: it would hand them to the next run."""
+    deepspeed.utils.groups._release_process_group_references()
 
 
 class Actor:

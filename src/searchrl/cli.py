@@ -17,6 +17,7 @@ from searchrl.environment import silence
 
 if TYPE_CHECKING:
     from searchrl.config import Config
+    from searchrl.evaluation.summary import Part
 
 _DESCRIPTION = """\
 Teach a language model to search while it reasons.
@@ -57,35 +58,53 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from searchrl.launcher import world_size
-    from searchrl.plan import summary
-
     cfg, resolved = load_config(args.overrides)
-    _check_machine(cfg)
-    _claim_run_dir(cfg, resolved)
+    claim_run(cfg, resolved)
     if _launched(args, cfg):
         return
-    if os.environ.get("RANK", "0") == "0":
-        print(summary(cfg, world_size=world_size(cfg)), flush=True)
-    _prepare(cfg)
     from searchrl.evaluation.closing import commands
-    from searchrl.trainer import train
 
-    train(cfg, resolved)
+    run_training(cfg, resolved)
     if os.environ.get("RANK", "0") == "0":
         print(commands(Path(cfg.run_dir), args.overrides), flush=True)
 
 
+def run_training(cfg: Config, resolved: dict[str, Any]) -> Path:
+    """Train in this process, one of the run's ranks; the folder of the final model."""
+    from searchrl.launcher import world_size
+    from searchrl.plan import summary
+
+    if os.environ.get("RANK", "0") == "0":
+        print(summary(cfg, world_size=world_size(cfg)), flush=True)
+    _prepare(cfg)
+    from searchrl.trainer import train
+
+    return train(cfg, resolved)
+
+
 def _eval(args: argparse.Namespace) -> None:
     cfg, resolved = load_config(args.overrides, training=False)
-    _check_machine(cfg, training=False)
-    _claim_run_dir(cfg, resolved, training=False)
-    if _launched(args, cfg):
-        return
+    claim_run(cfg, resolved, training=False)
+    if not _launched(args, cfg):
+        run_evaluation(cfg, command=shlex.join(["searchrl", "eval", *args.overrides]))
+
+
+def run_evaluation(cfg: Config, *, command: str) -> list[Part]:
+    """Evaluate in this process, one of the ranks; the table's rows on the first, none on the others."""
     _prepare(cfg)
     from searchrl.evaluation.benchmark import evaluate_checkpoint
 
-    evaluate_checkpoint(cfg, command=shlex.join(["searchrl", "eval", *args.overrides]))
+    return evaluate_checkpoint(cfg, command=command)
+
+
+def claim_run(cfg: Config, resolved: dict[str, Any], *, training: bool = True) -> None:
+    """Refuse what this machine cannot do; create the run directory and record the configuration there.
+
+    Raises:
+        ConfigError: see ``check_machine``; or the directory holds another run or evaluation.
+    """
+    check_machine(cfg, training=training)
+    _claim_run_dir(cfg, resolved, training=training)
 
 
 def _launched(args: argparse.Namespace, cfg: Config) -> bool:
@@ -194,8 +213,27 @@ def _replay(args: argparse.Namespace) -> None:
     replay(given.path, model=given.model, device=given.device)
 
 
-def _check_machine(cfg: Config, *, training: bool = True) -> None:
-    """Refuse what this machine lacks: GPUs, packages, the model, memory."""
+def _play(args: argparse.Namespace) -> None:
+    from searchrl.launcher import require_one_process
+    from searchrl.play import argument_parser
+
+    given = argument_parser().parse_intermixed_args(args.rest)
+    cfg, _ = load_config(["processes=1", *given.overrides], training=False)
+    require_one_process(cfg, "searchrl play")
+    if not given.human:
+        check_machine(cfg, training=False)
+    _prepare(cfg)
+    from searchrl.play.session import play
+
+    play(cfg, given)
+
+
+def check_machine(cfg: Config, *, training: bool = True) -> None:
+    """Refuse what this machine lacks: GPUs, packages, the model, memory.
+
+    Raises:
+        ConfigError: names what is missing, and what to do.
+    """
     from searchrl.launcher import require_devices
     from searchrl.preflight import require_model, require_packages
 
@@ -267,6 +305,7 @@ _FLAG_COMMANDS = (  # they take flags of their own, not Hydra's overrides
     ("data", "build, prepare and audit question sets", _data),
     ("index", "build, import, convert and compare retrieval indexes", _index),
     ("serve", "serve an index over HTTP", _serve),
+    ("play", "ask a policy at the terminal and watch it search; or --human: act in its place", _play),
     ("config", "explain every setting, or show what a run would use", _config),
     ("completion", "print a script that teaches a shell to complete commands and settings", _completion),
     ("replay", "run a micro-batch again that was stopped because something is not finite", _replay),

@@ -78,6 +78,16 @@ def require_devices(cfg: Config) -> None:
         )
 
 
+def require_one_process(cfg: Config, who: str) -> None:
+    """Raise ``ConfigError`` where a run would have several ranks; ``who`` works in one process."""
+    if (ranks := world_size(cfg)) > 1:
+        why = "as torchrun says" if is_rank() else f"processes={cfg.processes}, device={cfg.device}"
+        raise ConfigError(
+            f"{who} works in one process, but this run would have {ranks} ({why}); set processes=1, or start "
+            "`searchrl train` or `searchrl eval` with the same settings, which run on several"
+        )
+
+
 def visible_gpus() -> int:
     """GPUs that the NVIDIA driver shows to this process, within CUDA_VISIBLE_DEVICES; 0 without a driver.
 

@@ -136,6 +136,16 @@ class Protocol:
         """Text of sampled ids, special tokens included."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
+    def written(self, text: str, *, ends: bool) -> list[int]:
+        """Ids of a turn that a person wrote in the policy's place; special tokens in it are plain text.
+
+        Args:
+            text: the turn.
+            ends: whether the message ends behind it: the end-of-message token follows.
+        """
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return [*self._encode(text), *([int(self._tokenizer.eos_token_id)] if ends else [])]
+
     def parse(self, text: str) -> Action:
         """The turn's action; ``text`` is the decoded text of *sampled* ids only."""
         return parse_action(text, self._config.max_query_chars)

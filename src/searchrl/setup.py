@@ -7,28 +7,29 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from searchrl.actor import Actor, init_communication
 from searchrl.checkpoint import Checkpoints, Saved, identity_of
 from searchrl.config import Config, ConfigError, DataConfig, RetrievalKind, RewardKind
 from searchrl.console import Console
 from searchrl.data.readers import read_examples
 from searchrl.data.sampler import fingerprint
-from searchrl.distributed import World, init_world
-from searchrl.engine import Engine
+from searchrl.distributed import World, destroy_groups, init_world
+from searchrl.engine import Engine, shutdown_engines
+from searchrl.episodes import Rollout
 from searchrl.models import resolve_model
 from searchrl.phases import Events, Phases, no_events
 from searchrl.preemption import StopRequest
 from searchrl.protocol import Protocol, load_tokenizer
 from searchrl.retrieval.lookup import read_passages
 from searchrl.retrieval.meter import RetrievalMeter
-from searchrl.rollout import Rollout
 from searchrl.scoring import Scorer, open_scorer
 from searchrl.sources import open_retriever, source_settings
 from searchrl.tools import OracleTool, SearchTool, Tool
 from searchrl.trajectory import Example
-from searchrl.warmstart import WarmstartInputs, warmstart
+
+if TYPE_CHECKING:
+    from searchrl.actor import Actor
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,13 +72,24 @@ class Run:
 
 
 @contextmanager
-def open_environment(cfg: Config, *, training: bool = True) -> Iterator[Environment]:
-    """Questions, tokenizer and retriever; stops what it started, whatever happens."""
+def open_environment(
+    cfg: Config, *, training: bool = True, with_policy: bool = True
+) -> Iterator[Environment]:
+    """Questions, tokenizer and retriever; stops what it started, whatever happens.
+
+    Args:
+        cfg: a validated configuration.
+        training: False: an evaluation, which needs no training questions.
+        with_policy: False: no engine and no actor will come, so torch.distributed is not started.
+    """
     world = init_world(cfg.device, engine_size=cfg.engine.tensor_parallel, timeout_s=2 * cfg.stall_timeout_s)
     stop = StopRequest()
     console = Console(enabled=world.is_main, is_stopping=lambda: stop.asked is not None)
     train_examples, eval_examples = load_questions(cfg, training=training)
-    init_communication(world)
+    if with_policy:
+        from searchrl.actor import init_communication  # DeepSpeed takes seconds to import
+
+        init_communication(world)
     with ExitStack() as stack:
         stack.callback(console.close)
         runner = stack.enter_context(asyncio.Runner())
@@ -140,9 +152,9 @@ def oracle(cfg: Config, examples: Sequence[Example]) -> OracleTool:
 
 
 @contextmanager
-def open_run(cfg: Config) -> Iterator[Run]:
+def open_run(cfg: Config, *, training: bool = True) -> Iterator[Run]:
     """An environment with the initial policy in an engine."""
-    with open_environment(cfg) as env:
+    with open_environment(cfg, training=training) as env:
         yield load_policy(env, initial_policy(env))
 
 
@@ -203,6 +215,8 @@ def initial_policy(env: Environment) -> Path | str:
             "the warm start needs real search results: evaluate a trained model under this retrieval with "
             "`searchrl eval … checkpoint=runs/NAME/model`, or train from one with checkpoint=…"
         )
+    from searchrl.warmstart import WarmstartInputs, warmstart
+
     inputs = WarmstartInputs(
         model=model,
         tokenizer=env.tokenizer,
@@ -275,6 +289,8 @@ def load_engine(cfg: Config, model: Path | str, world: World, *, events: Events 
 
 def load_actor(cfg: Config, model: Path | str, world: World, *, events: Events = no_events) -> Actor:
     """An actor with the run's settings."""
+    from searchrl.actor import Actor
+
     return Actor(
         model,
         model=cfg.model,
@@ -288,3 +304,12 @@ def load_actor(cfg: Config, model: Path | str, world: World, *, events: Events =
         offloads=cfg.takes_turns,
         events=events,
     )
+
+
+def end_runs() -> None:
+    """Shut down what runs leave to the end of their process, for a process that goes on."""
+    from searchrl.actor import forget_groups
+
+    shutdown_engines()
+    destroy_groups()
+    forget_groups()

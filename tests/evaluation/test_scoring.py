@@ -19,13 +19,13 @@ from transformers import PreTrainedTokenizerFast
 from searchrl.config import EpisodeConfig, SamplingConfig
 from searchrl.distributed import World
 from searchrl.engine import Engine, Generation, GenerationRequest
+from searchrl.episodes import Rollout
 from searchrl.evaluation.results import AnswerLog, Result, finished_questions
 from searchrl.evaluation.rollouts import chunk_questions, evaluate
 from searchrl.evaluation.summary import Part, summarize
 from searchrl.evaluation.tables import result_table
 from searchrl.failures import TooManyFailures
 from searchrl.protocol import Protocol
-from searchrl.rollout import Rollout
 from searchrl.tools import ToolError
 from searchrl.trajectory import Document, Example, Finish, Group, Outcome, ToolCall, ToolResult
 

@@ -23,11 +23,11 @@ from searchrl.batching import pack, pad
 from searchrl.config import EpisodeConfig, RewardConfig, RewardKind, SamplingConfig
 from searchrl.engine import Engine, Generation, GenerationRequest
 from searchrl.engine.requests import sampling_params, to_generation
+from searchrl.episodes import Rollout
 from searchrl.protocol import STOP_STRINGS, TAGS, Action, Answer, Invalid, Protocol, Search, parse_action
 from searchrl.records import trajectory_record
 from searchrl.retrieval.wire import query_problem
 from searchrl.rewards import score
-from searchrl.rollout import Rollout
 from searchrl.trajectory import (
     Document,
     Example,

@@ -15,7 +15,7 @@ import asyncio
 import inspect
 import itertools
 import os
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -36,9 +36,15 @@ from searchrl.weight_check import differing
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Engine", "EngineError", "Generation", "GenerationRequest"]
+__all__ = ["Engine", "EngineError", "Generation", "GenerationRequest", "shutdown_engines"]
 
 T = TypeVar("T")
+
+OnTokens = Callable[[list[int]], None]
+"""Hears, in the engine's thread, all that a request has sampled so far, after every step."""
+
+_loaded: list[Engine] = []
+"""Kept until shut down: vLLM ends torch.distributed when one is collected, be it in the next run."""
 
 
 class Engine:
@@ -94,6 +100,7 @@ class Engine:
         self._inbox: list[tuple[str, GenerationRequest]] = []
         self._cancelled: list[str] = []
         self._futures: dict[str, asyncio.Future[Generation]] = {}
+        self._listeners: dict[str, OnTokens] = {}
         self._driver: asyncio.Task[None] | None = None
         self._is_running = False
         self._has_failed = False
@@ -101,6 +108,7 @@ class Engine:
         self._asleep: set[str] = set()
         self.policy_version = 0
         """Version of the weights, stamped on every turn."""
+        _loaded.append(self)
 
     def run(self, runner: asyncio.Runner, work: Coroutine[Any, Any, list[T]]) -> list[T]:
         """Run what awaits ``generate`` to its end; the engine is at rest afterwards. A collective.
@@ -137,8 +145,12 @@ class Engine:
             if not self._has_failed:
                 self._team.agree(Orders(is_last=True, error=None if error is None else repr(error)))
 
-    async def generate(self, request: GenerationRequest) -> Generation:
+    async def generate(self, request: GenerationRequest, on_tokens: OnTokens | None = None) -> Generation:
         """Sample one continuation. Any number may be awaited at the same time.
+
+        Args:
+            request: what to continue, and how.
+            on_tokens: listens to the tokens as they come; for people who watch.
 
         Raises:
             EngineError: the engine refuses this request, or sleeps, or it failed; then all who wait get the
@@ -151,6 +163,8 @@ class Engine:
         request_id = str(next(self._ids))
         future: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
         self._futures[request_id] = future
+        if on_tokens is not None:
+            self._listeners[request_id] = on_tokens
         self._inbox.append((request_id, request))
         if self._driver is None or self._driver.done():
             self._driver = asyncio.create_task(self._drive())
@@ -160,6 +174,8 @@ class Engine:
             if self._futures.pop(request_id, None) is not None:
                 self._cancelled.append(request_id)
             raise
+        finally:
+            self._listeners.pop(request_id, None)
 
     async def _drain(self) -> None:
         """Wait until the engine is at rest: it drops cancelled requests only at its next step."""
@@ -205,12 +221,16 @@ class Engine:
             if request_id not in orders.abort:
                 prompt = {"prompt_token_ids": request.prompt_ids}
                 try:
-                    self._engine.add_request(request_id, prompt, sampling_params(request))
+                    streams = request_id in self._listeners
+                    self._engine.add_request(request_id, prompt, sampling_params(request, streams=streams))
                 except Exception as error:  # refused, which concerns nobody else
                     outcomes.append((request_id, EngineError(f"the engine refuses the request: {error}")))
         if self._engine.has_unfinished_requests():
-            finished = [output for output in self._engine.step() if output.finished]
-            outcomes += [(output.request_id, to_generation(output.outputs[0])) for output in finished]
+            for output in self._engine.step():
+                if (listener := self._listeners.get(output.request_id)) is not None:
+                    listener([int(i) for i in output.outputs[0].token_ids])
+                if output.finished:
+                    outcomes.append((output.request_id, to_generation(output.outputs[0])))
         self._team.finished = [
             (request_id, outcome.token_ids if isinstance(outcome, Generation) else [])
             for request_id, outcome in outcomes
@@ -277,7 +297,8 @@ class Engine:
         return self._llm.apply_model(function)[0]
 
     def shutdown(self) -> None:
-        """Stop. Destroys the default process group as well, so it is the last thing a rank does."""
+        """Stop, and free the memory. Destroys the default process group too: a rank does it last."""
+        _loaded.remove(self)
         self._thread.shutdown()
         self._engine.engine_core.shutdown()
 
@@ -289,6 +310,12 @@ def _share(device: str) -> dict[str, float]:
     than this share (0.92) is free, whoever holds the rest: the trainer, or another process.
     """
     return {} if device == "cpu" else {"gpu_memory_utilization": 0.01}
+
+
+def shutdown_engines() -> None:
+    """Stop the engines that are still loaded in this process, which goes on without them."""
+    for engine in list(_loaded):
+        engine.shutdown()
 
 
 def _load(**settings: Any) -> Any:

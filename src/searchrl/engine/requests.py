@@ -42,8 +42,8 @@ class Generation:
     finish: Finish
 
 
-def sampling_params(request: GenerationRequest) -> Any:
-    """The request as ``SamplingParams`` of vLLM."""
+def sampling_params(request: GenerationRequest, *, streams: bool = False) -> Any:
+    """The request as ``SamplingParams`` of vLLM; ``streams``: every step says what there is so far."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -59,7 +59,7 @@ def sampling_params(request: GenerationRequest) -> Any:
         detokenize=bool(request.stop),
         logprobs=0,
         flat_logprobs=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.CUMULATIVE if streams else RequestOutputKind.FINAL_ONLY,
     )
 
 

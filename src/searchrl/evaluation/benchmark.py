@@ -23,8 +23,10 @@ from searchrl.sources import source_settings
 from searchrl.trajectory import Example
 
 
-def evaluate_checkpoint(cfg: Config, *, command: str) -> None:
+def evaluate_checkpoint(cfg: Config, *, command: str) -> list[Part]:
     """Evaluate the configured model on ``data.eval``; the tables go to ``run_dir/eval``. A collective.
+
+    Returns their rows on the main rank, nothing on the others.
 
     Args:
         cfg: a configuration that is valid for an evaluation.
@@ -44,6 +46,7 @@ def evaluate_checkpoint(cfg: Config, *, command: str) -> None:
             finished = claim(env.run_dir, settings)
         finished = broadcast_object(finished)
         answered = _answer(env, model, examples, finished)
+        parts: list[Part] = []
         if env.world.is_main:
             parts = summarize(answered, seed=cfg.seed)
             tables = _tables(cfg, parts, model, len(examples), len(env.eval_examples))
@@ -52,6 +55,7 @@ def evaluate_checkpoint(cfg: Config, *, command: str) -> None:
                 env.console.say(table.note)
             _write(env.run_dir / "eval", parts, tables, settings, command)
             env.console.say(f"tables: {env.run_dir / 'eval' / 'table.md'}")
+        return parts
 
 
 def _answer(

@@ -8,10 +8,10 @@ from functools import partial
 
 from searchrl.config import SamplingConfig
 from searchrl.distributed import World, gather_objects
+from searchrl.episodes import Rollout
 from searchrl.evaluation.results import Result, score_result
 from searchrl.failures import check_failures
 from searchrl.preemption import NEVER, StopRequest
-from searchrl.rollout import Rollout
 from searchrl.trajectory import Example, Group, Trajectory
 
 GREEDY = SamplingConfig(temperature=0.0)

@@ -24,9 +24,9 @@ from searchrl.config import EpisodeConfig, ResamplingConfig, RewardConfig, Rewar
 from searchrl.data import Sampler
 from searchrl.distributed import gather_objects, init_world, side_group
 from searchrl.engine import Engine, Generation, GenerationRequest
+from searchrl.episodes import Rollout
 from searchrl.protocol import Protocol
 from searchrl.rewards import ScoredGroup, score_group
-from searchrl.rollout import Rollout
 from searchrl.tools import Tool
 from searchrl.trajectory import Example, Finish, Group
 

@@ -19,8 +19,8 @@ from searchrl.batching import pack
 from searchrl.config import DType, EngineConfig, EpisodeConfig, ModelConfig, OptimizerConfig, SamplingConfig
 from searchrl.distributed import init_world
 from searchrl.engine import Engine, EngineError, Generation, GenerationRequest
+from searchrl.episodes import Rollout
 from searchrl.protocol import Protocol
-from searchrl.rollout import Rollout
 from searchrl.tools import Tool
 from searchrl.trajectory import Example, Outcome, Sample, Trajectory, Turn
 

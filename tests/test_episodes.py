@@ -24,11 +24,11 @@ from transformers import PreTrainedTokenizerFast
 
 from searchrl.config import EpisodeConfig, SamplingConfig
 from searchrl.engine import Engine, Generation, GenerationRequest
+from searchrl.episodes import Rollout
 from searchrl.preemption import StopRequest
 from searchrl.protocol import Protocol
 from searchrl.retrieval.client import HttpRetriever
 from searchrl.retrieval.meter import RetrievalMeter
-from searchrl.rollout import Rollout
 from searchrl.tools import SearchTool, Tool, ToolError
 from searchrl.trajectory import (
     Document,

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from typing import Protocol as Interface
 
 from searchrl.config import EpisodeConfig, SamplingConfig
 from searchrl.distributed import derived_seed
-from searchrl.engine import Engine, GenerationRequest
+from searchrl.engine import Generation, GenerationRequest
 from searchrl.preemption import NEVER, StopRequest
 from searchrl.protocol import Answer, Invalid, Protocol, Search
 from searchrl.tools import Tool, ToolError
 from searchrl.trajectory import Example, Finish, Group, Outcome, Provenance, Trajectory, Turn
+
+T = TypeVar("T")
 
 _POLL_S = 0.1
 """How often a rollout looks whether its time is over."""
@@ -52,11 +56,26 @@ class Activity:
         return f"{self.running - self.searching} generating, {self.searching} searching"
 
 
+class Player(Interface):
+    """What acts in episodes: an engine, or something in its place."""
+
+    policy_version: int
+    """Stamped on every turn."""
+
+    def run(self, runner: asyncio.Runner, work: Coroutine[Any, Any, list[T]]) -> list[T]:
+        """Run episodes, which await ``generate``, to their end; nothing runs afterwards."""
+        ...
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """The next turn of the stream ``request.prompt_ids``."""
+        ...
+
+
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Rollout:
     """What every episode of a run shares."""
 
-    engine: Engine
+    engine: Player
     protocol: Protocol
     tool: Tool
     limits: EpisodeConfig
