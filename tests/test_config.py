@@ -305,6 +305,27 @@ RENORMALISE = "truncates the distribution that rollouts sample from, but the los
             "retrieval.web.tool is not set; name the search tool of the MCP server",
         ),
         (
+            ["retrieval.kind=custom"],
+            "retrieval.kind=custom needs retrieval.import_path, of the form module:Class",
+        ),
+        (
+            ["retrieval.kind=custom", "retrieval.import_path=json:dumps"],
+            "retrieval.import_path=json:dumps cannot be called with 0 arguments",
+        ),
+        (
+            ["retrieval.kind=custom", "retrieval.import_path=json:JSONDecoder"],
+            "retrieval.import_path=json:JSONDecoder needs a method `async def search(self, query, top_k)`",
+        ),
+        (
+            ["retrieval.import_path=json:JSONDecoder"],
+            "retrieval.import_path and retrieval.kwargs are only used with retrieval.kind=custom, not "
+            "embedded; choose retrieval=custom, or leave them out",
+        ),
+        (
+            ["+retrieval.kwargs.digits=3"],
+            "retrieval.import_path and retrieval.kwargs are only used with retrieval.kind=custom",
+        ),
+        (
             ["retrieval.kind=mcp", "retrieval.web.url=http://h/mcp", "retrieval.web.proxy=h:1"],
             "retrieval.web.proxy='h:1' is no http:// or https:// address",
         ),

@@ -315,19 +315,21 @@ _FLAG_COMMANDS = (  # they take flags of their own, not Hydra's overrides
 
 def run() -> None:
     """``main`` with errors that explain themselves reported as one message instead of a traceback."""
-    from searchrl.errors import SearchrlError
+    from searchrl.errors import explanation
     from searchrl.launcher import join_launcher, tell_launcher
 
     join_launcher()
     try:
         main()
-    except SearchrlError as error:
-        if not tell_launcher(f"searchrl: {error}", error.exit_code):
-            print(f"searchrl: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from error
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
-    except Exception:  # of whatever kind: the launcher prints it, or it goes on
+    except Exception as raised:
+        error = explanation(raised)
+        if error is not None:
+            if not tell_launcher(f"searchrl: {error}", error.exit_code):
+                print(f"searchrl: {error}", file=sys.stderr)
+            raise SystemExit(error.exit_code) from raised
+        # Of whatever kind: the launcher prints it, or it goes on.
         if not tell_launcher(traceback.format_exc(), 1):
             raise
         raise SystemExit(1) from None
