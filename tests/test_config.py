@@ -102,6 +102,7 @@ def test_every_option_of_every_group_composes(group: str, option: str, tmp_path:
         "searxng": "retrieval.web.url=http://127.0.0.1:8080",
         "mcp": "retrieval.web.url=http://127.0.0.1:8080/mcp",
         "replay": f"retrieval.cache={tmp_path}/recording.sqlite",
+        "custom": "retrieval.import_path=examples.calculator:Calculator",
         "judge": "reward.judge={url: 'http://127.0.0.1:8001/v1', model: m}",
     }
     more = [needed[option]] if option in needed else []

@@ -1,0 +1,68 @@
+"""The documentation: the site builds without a warning, links lead somewhere, quoted messages exist."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from myst_parser.mdit_to_docutils.base import default_slugify
+
+from example import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = [*DOCS.rglob("*.md"), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
+
+
+def build(source: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """As `make docs` does it."""
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", source, out]
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False
+    )
+
+
+@pytest.mark.integration
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    built = build(DOCS, tmp_path)
+    assert built.stdout == ""
+    assert built.returncode == 0
+    pages = {page.relative_to(DOCS).with_suffix(".html") for page in DOCS.rglob("*.md")}
+    assert [page for page in pages if not (tmp_path / page).is_file()] == []
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        ("[a](no.md) [b](#no) [c](other.md#no)", ["'no.md'", "'no' [myst.", "in doc 'other': 'no'"]),
+        ("[a](../no.py)", ["docs/index.md links to ../no.py, which does not exist"]),
+    ],
+)
+def test_a_link_that_leads_nowhere_fails_the_build(tmp_path: Path, text: str, faults: list[str]) -> None:
+    (tmp_path / "docs").mkdir()
+    shutil.copy(DOCS / "conf.py", tmp_path / "docs")
+    (tmp_path / "docs" / "index.md").write_text(f"# Index\n\n{text}\n\n```{{toctree}}\nother\n```\n")
+    (tmp_path / "docs" / "other.md").write_text("# Other\n\n[back](index.md#index)\n")
+    built = build(tmp_path / "docs", tmp_path / "site")
+    assert built.returncode != 0
+    assert [fault for fault in faults if fault not in built.stdout] == [], built.stdout
+
+
+def anchors(page: Path) -> set[str]:
+    """What a code host makes of the page's headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return {default_slugify(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page: Path) -> None:
+    """Where a code host shows it, and so for files that have no page on the site too."""
+    for target in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
