@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -66,3 +67,42 @@ def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page: Path) -> None:
         file = page.parent / path if path else page
         assert file.exists(), target
         assert not anchor or anchor in anchors(file), target
+
+
+# --- messages that are quoted -----------------------------------------------------------------------------
+
+
+def literals() -> list[str]:
+    """Every text in the source, with ``…`` where a value goes."""
+    found: list[str] = []
+    for file in (ROOT / "src" / "searchrl").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def quoted() -> list[str]:
+    """Messages in the first column of troubleshooting.md, but for those of libraries."""
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8").partition("## Libraries' messages")[0]
+    return re.findall(r"^\| `([^`]* [^`]*)` \|", page, re.MULTILINE)
+
+
+LITERALS = "\0".join(literals())
+
+
+@pytest.mark.parametrize("message", quoted())
+def test_a_quoted_message_stands_in_the_source(message: str) -> None:
+    """Each part of it between values."""
+    parts = [part.strip() for part in message.split("…") if len(part.strip()) > 2]
+    assert parts
+    assert [part for part in parts if part not in LITERALS] == []
+
+
+def test_messages_are_quoted_and_a_wrong_one_is_noticed() -> None:
+    assert len(quoted()) > 40
+    assert "holds a run already" in LITERALS
+    assert "holds a run since" not in LITERALS
