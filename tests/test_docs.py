@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from myst_parser.mdit_to_docutils.base import default_slugify
 
 from example import ROOT
+from searchrl.cli import _keys, load_config
+from searchrl.config import Config, ConfigError
+from test_readme import FLAGS
 
 DOCS = ROOT / "docs"
 PAGES = [*DOCS.rglob("*.md"), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
@@ -106,3 +111,74 @@ def test_messages_are_quoted_and_a_wrong_one_is_noticed() -> None:
     assert len(quoted()) > 40
     assert "holds a run already" in LITERALS
     assert "holds a run since" not in LITERALS
+
+
+# --- commands and settings --------------------------------------------------------------------------------
+
+
+def commands(page: str) -> list[str]:
+    """The indented lines of a page that are commands, continued lines joined, without their comments."""
+    text = (DOCS / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^ {4}((?:searchrl|python) .*)$", text, re.MULTILINE)
+    return [re.sub(r"  +#.*", "", line) for line in lines]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+WRITTEN = [
+    (page, command) for page in ("tutorial.md", "extending.md", "migration.md") for command in commands(page)
+]
+WRONG = "grop_size"
+"""The tutorial's own mistake."""
+
+
+@pytest.fixture
+def workplace(shipped_files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the pages' commands need: the examples, code of the pages, files of questions."""
+    (shipped_files / "examples").symlink_to(ROOT / "examples")
+    (shipped_files / "mine.py").write_text("\n".join(blocks("extending.md", "python")), encoding="utf-8")
+    for file in ("sums/train.jsonl", "sums/test.jsonl"):
+        (shipped_files / "assets" / file).parent.mkdir(exist_ok=True)
+        (shipped_files / "assets" / file).touch()
+    for file in ("notes/train.jsonl", "notes/test.jsonl", "notes/corpus.jsonl", "notes/bm25/manifest.json"):
+        (shipped_files / file).parent.mkdir(parents=True, exist_ok=True)
+        (shipped_files / file).touch()
+    monkeypatch.syspath_prepend(shipped_files)
+    for module in ("mine", "examples"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    return shipped_files
+
+
+@pytest.mark.usefixtures("workplace")
+@pytest.mark.parametrize(("page", "command"), WRITTEN)
+def test_every_command_is_one(page: str, command: str) -> None:
+    program, first, *words = shlex.split(command)
+    if program == "python":
+        assert (first, (ROOT / f"{words[0].replace('.', '/')}.py").is_file()) == ("-m", True)
+    elif first in FLAGS:
+        FLAGS[first]().parse_args(words)
+    elif first in ("train", "eval", "validate", "doctor"):
+        overrides = [word for word in words if not word.startswith("--")]
+        if WRONG in command:
+            with pytest.raises(ConfigError, match="did you mean 'group_size'"):
+                load_config(overrides)
+        elif overrides:
+            load_config(overrides, training=first != "eval")
+    else:
+        assert first in {"report", "play", "config"}
+
+
+@pytest.mark.parametrize("page", ["tutorial.md", "extending.md", "migration.md", "troubleshooting.md"])
+def test_every_setting_that_a_page_names_exists(page: str) -> None:
+    """`section.key`, alone or with a value, several in one code span too."""
+    known, sections = set(_keys(Config)), {entry.name for entry in fields(Config)}
+    spans = re.findall(r"`([^`\n]+)`", (DOCS / page).read_text(encoding="utf-8"))
+    ours = [span for span in spans if not span.startswith("-")]
+    names = {
+        name for span in ours for name in re.findall(r"(?:^|\s)\+?([a-z_]+\.[a-z_.0-9]+)(?==|\s|$)", span)
+    }
+    named = {name for name in names if name.partition(".")[0] in sections and ".kwargs." not in name}
+    assert named - known == set()
+    assert len(named) > 2
