@@ -311,7 +311,8 @@ RENORMALISE = "truncates the distribution that rollouts sample from, but the los
         ),
         (
             ["retrieval.kind=custom", "retrieval.import_path=json:dumps"],
-            "retrieval.import_path=json:dumps cannot be called with 0 arguments",
+            "retrieval.import_path=json:dumps cannot be called with 0 arguments and retrieval.kwargs={}: "
+            "missing a required argument: 'obj'",
         ),
         (
             ["retrieval.kind=custom", "retrieval.import_path=json:JSONDecoder"],
@@ -323,8 +324,9 @@ RENORMALISE = "truncates the distribution that rollouts sample from, but the los
             "embedded; choose retrieval=custom, or leave them out",
         ),
         (
-            ["+retrieval.kwargs.digits=3"],
-            "retrieval.import_path and retrieval.kwargs are only used with retrieval.kind=custom",
+            ["retrieval.kwargs.digits=3"],
+            "retrieval.import_path and retrieval.kwargs are only used with retrieval.kind=custom, not "
+            "embedded; choose retrieval=custom, or leave them out",
         ),
         (
             ["retrieval.kind=mcp", "retrieval.web.url=http://h/mcp", "retrieval.web.proxy=h:1"],
