@@ -135,8 +135,11 @@ def blocks(page: str, language: str) -> list[str]:
 WRITTEN = [
     (page, command) for page in ("tutorial.md", "extending.md", "migration.md") for command in commands(page)
 ]
-WRONG = "grop_size"
-"""The tutorial's own mistake."""
+MISTAKES = {
+    "grop_size=4": "did you mean 'group_size'",
+    "group_size=1": "group_size=1 leaves nothing to compare",
+}
+"""What the tutorial gets wrong on purpose, and what comes of it."""
 
 
 @pytest.fixture
@@ -167,8 +170,8 @@ def test_every_command_is_one(page: str, command: str) -> None:
         FLAGS[first]().parse_args(words)
     elif first in ("train", "eval", "validate", "doctor"):
         overrides = [word for word in words if not word.startswith("--")]
-        if WRONG in command:
-            with pytest.raises(ConfigError, match="did you mean 'group_size'"):
+        if mistakes := [MISTAKES[word] for word in overrides if word in MISTAKES]:
+            with pytest.raises(ConfigError, match=mistakes[0]):
                 load_config(overrides)
         elif overrides:
             load_config(overrides, training=first != "eval")
