@@ -83,4 +83,7 @@ def _told(error: Exception) -> str:
 
 
 def _is_document(found: object) -> bool:
-    return isinstance(found, Document) and isinstance(found.id, str) and isinstance(found.contents, str)
+    if not isinstance(found, Document):
+        return False
+    texts: tuple[object, ...] = (found.id, found.contents)  # whatever the types say
+    return all(isinstance(text, str) for text in texts)
