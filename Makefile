@@ -66,9 +66,9 @@ bench:  ## List the measurements and how to run them
 	@for file in $(wildcard benchmarks/*.py benchmarks/*/*.py); do echo "  $(BIN)/python $$file --help"; done
 	@echo "results: benchmarks/RESULTS.md"
 
-docs:  ## List the documentation
-	@for file in README.md CONTRIBUTING.md CHANGELOG.md $(wildcard docs/*.md); do \
-	  test ! -f "$$file" || printf "  %-28s %s\n" "$$file" "$$(sed -n 's/^# //p;T;q' "$$file")"; done
+docs: setup  ## Build the documentation as a site into build/docs; a broken link is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 LOCK := uv pip compile pyproject.toml --extra dev --python-version 3.11 --upgrade \
   --no-emit-find-links --no-emit-index-url --no-header --no-annotate

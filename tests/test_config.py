@@ -107,6 +107,7 @@ def test_every_option_of_every_group_composes(
         "searxng": "retrieval.web.url=http://127.0.0.1:8080",
         "mcp": "retrieval.web.url=http://127.0.0.1:8080/mcp",
         "replay": f"retrieval.cache={tmp_path}/recording.sqlite",
+        "custom": "retrieval.import_path=examples.calculator:Calculator",
         "judge": "reward.judge={url: 'http://127.0.0.1:8001/v1', model: m}",
     }
     more = [needed[option]] if option in needed else []
@@ -307,6 +308,29 @@ RENORMALISE = "truncates the distribution that rollouts sample from, but the los
         (
             ["retrieval.kind=mcp", "retrieval.web.url=http://h/mcp", "retrieval.web.tool=''"],
             "retrieval.web.tool is not set; name the search tool of the MCP server",
+        ),
+        (
+            ["retrieval.kind=custom"],
+            "retrieval.kind=custom needs retrieval.import_path, of the form module:Class",
+        ),
+        (
+            ["retrieval.kind=custom", "retrieval.import_path=json:dumps"],
+            "retrieval.import_path=json:dumps cannot be called with 0 arguments and retrieval.kwargs={}: "
+            "missing a required argument: 'obj'",
+        ),
+        (
+            ["retrieval.kind=custom", "retrieval.import_path=json:JSONDecoder"],
+            "retrieval.import_path=json:JSONDecoder needs a method `async def search(self, query, top_k)`",
+        ),
+        (
+            ["retrieval.import_path=json:JSONDecoder"],
+            "retrieval.import_path and retrieval.kwargs are only used with retrieval.kind=custom, not "
+            "embedded; choose retrieval=custom, or leave them out",
+        ),
+        (
+            ["retrieval.kwargs.digits=3"],
+            "retrieval.import_path and retrieval.kwargs are only used with retrieval.kind=custom, not "
+            "embedded; choose retrieval=custom, or leave them out",
         ),
         (
             ["retrieval.kind=mcp", "retrieval.web.url=http://h/mcp", "retrieval.web.proxy=h:1"],

@@ -1,24 +1,32 @@
-"""The example of custom functions: short, complete, and its command is a configuration that passes."""
+"""The examples: short, complete, and their commands are configurations that pass."""
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import re
 import shlex
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from example import ROOT, SOURCE, custom_overrides
+from example import ROOT, custom_overrides
 from searchrl.algorithm.advantages import compute_advantages
 from searchrl.algorithm.importance import ImportanceInputs, correct
 from searchrl.algorithm.losses import LossInputs, policy_loss
 from searchrl.compose import load_config
 from searchrl.config import Config
+from searchrl.data.readers import read_examples
 from searchrl.extensions import load_function
+from searchrl.retrieval.corpus import Corpus
 from searchrl.rewards import score
-from searchrl.trajectory import Example, Finish, Outcome, ToolResult, Trajectory, Turn
+from searchrl.trajectory import Document, Example, Finish, Outcome, ToolResult, Trajectory, Turn
 
 
 @pytest.fixture
@@ -33,8 +41,9 @@ def cfg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     return load_config([*custom_overrides(), *files])[0]
 
 
-def test_it_is_short() -> None:
-    assert len(SOURCE.splitlines()) < 60
+@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.py")), ids=lambda file: file.name)
+def test_an_example_is_short(file: Path) -> None:
+    assert len(file.read_text(encoding="utf-8").splitlines()) < 60
 
 
 def test_the_reward_costs_searches(cfg: Config) -> None:
@@ -121,3 +130,104 @@ def test_the_group_reward_of_the_page_shares() -> None:
     example = Example(id="q", question="?", golden_answers=("Rome",), data_source="t")
     assert len(COMMANDS) == 3
     assert function(members, example) == [0.5, 0.0, 0.5]
+
+
+# --- a tool, questions and a corpus of one's own ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def example() -> Iterator[Callable[[str], Any]]:
+    """Imports an example as one does in the folder that holds ``examples``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        yield lambda name: importlib.import_module(f"examples.{name}")
+
+
+def told(example: Callable[[str], Any], query: str, **kwargs: object) -> str:
+    """What the calculator says, as the policy reads it."""
+    (found,) = asyncio.run(example("calculator").Calculator(**kwargs).search(query, 3))
+    assert isinstance(found, Document)
+    return found.contents.rpartition("\n")[2]
+
+
+MISTAKE = "This cannot be calculated: write numbers, + - * / and brackets."
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("2 + 3 * 4", "14"),
+        (" (2 + 3) * -4 ", "-20"),
+        ("1 / 3", "0.333333"),
+        ("10 / 4 - 2.5", "0.0"),
+        ("1e308 * 10", "inf"),
+        ("1 / 0", MISTAKE),
+        ("", MISTAKE),
+        ("2 ** 64", MISTAKE),
+        ("9 if 1 else 2", MISTAKE),
+        ("__import__('os').getcwd()", MISTAKE),
+        ("x", MISTAKE),
+        ("'2' * 9", MISTAKE),
+        ("twelve apples", MISTAKE),
+        ("(" * 250, MISTAKE),
+        ("\ud800", MISTAKE),
+    ],
+)
+def test_the_calculator(example: Callable[[str], Any], query: str, said: str) -> None:
+    assert told(example, query) == said
+
+
+def test_the_calculator_rounds_as_it_is_told(example: Callable[[str], Any]) -> None:
+    assert told(example, "2 / 3", digits=2) == "0.67"
+
+
+@pytest.mark.filterwarnings("ignore::SyntaxWarning", "ignore::DeprecationWarning")
+@given(query=st.text(st.sampled_from("0123456789.eE+-*/() _jx'[]\n"), max_size=256))
+def test_no_query_breaks_the_calculator(example: Callable[[str], Any], query: str) -> None:
+    said = told(example, query)
+    assert said == MISTAKE or float(said) is not None
+
+
+def test_the_sums_are_questions_that_the_calculator_answers(
+    example: Callable[[str], Any], tmp_path: Path
+) -> None:
+    example("sums").main(tmp_path / "sums")
+    train, test = (
+        read_examples(tmp_path / "sums" / f"{name}.jsonl", prompt_column="prompt")
+        for name in ("train", "test")
+    )
+    assert (len(train), len(test)) == (2000, 500)
+    assert {one.question for one in train} & {one.question for one in test} == set()
+    for one in train[:20]:
+        queries = one.metadata["gold_queries"]
+        assert isinstance(queries, list)
+        assert tuple(told(example, query) for query in queries) == one.golden_answers
+        assert one.prompt is not None
+        assert one.prompt[-1].content.endswith(one.question)
+
+
+def test_the_command_of_the_calculator_composes(
+    example: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = re.search(r"searchrl train (.*?)\n\n", example("calculator").__doc__, re.DOTALL)
+    assert command is not None
+    example("sums").main(tmp_path / "assets" / "sums")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    cfg, _ = load_config(shlex.split(command[1].replace("\\\n", " ")))
+    assert cfg.retrieval.kwargs == {"digits": 4}
+
+
+def test_a_corpus_of_text_files_is_one_that_is_searched(
+    example: Callable[[str], Any], tmp_path: Path
+) -> None:
+    (tmp_path / "towns.txt").write_text(
+        "Accra lies in Ghana.\n\n" + "word " * 99 + "\n\nLima lies in Peru.\n"
+    )
+    (tmp_path / "empty.txt").write_text("\n\n")
+    example("corpus").main(tmp_path / "c" / "corpus.jsonl", [tmp_path / "towns.txt", tmp_path / "empty.txt"])
+    corpus = Corpus(tmp_path / "c" / "corpus.jsonl")
+    first, second = (corpus[row].contents for row in range(len(corpus)))
+    assert first.startswith('"towns"\nAccra lies in Ghana. word word')
+    assert second == '"towns"\nLima lies in Peru.'
+    corpus.close()

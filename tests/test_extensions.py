@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from pathlib import Path
 
 import pytest
 
 from searchrl.config import ConfigError
-from searchrl.extensions import load_function
+from searchrl.extensions import load_class, load_function
 
 SOURCE = """
 CONSTANT = 3
 
 def scaled(inputs, *, factor=1.0):
     return inputs * factor
+
+class Good:
+    def __init__(self, *, size=1):
+        self.size = size
+
+    async def search(self, query, top_k):
+        return [query] * top_k * self.size
+
+class Heir(Good):
+    pass
+
+class Blocking:
+    def search(self, query, top_k): ...
+
+class Narrow:
+    async def search(self, query): ...
+
+def make(): ...
 """
 
 
@@ -64,3 +83,29 @@ def test_a_wrong_name_is_explained(import_path: str, kwargs: dict[str, object], 
 def test_too_few_parameters_are_noticed_before_the_run() -> None:
     with pytest.raises(ConfigError, match="cannot be called with 2 arguments"):
         load_function("my_extension:scaled", {}, section="reward", positional=2)
+
+
+METHODS = {"search": ("query", "top_k")}
+
+
+@pytest.mark.parametrize("name", ["Good", "Heir"])
+def test_a_class_is_made_with_its_arguments(name: str) -> None:
+    make = load_class(f"my_extension:{name}", {"size": 2}, section="retrieval", methods=METHODS)
+    assert asyncio.run(make().search("q", 1)) == ["q", "q"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("make", {}, "is <function make at"),
+        ("Goood", {}, "my_extension has no Goood; did you mean Good?"),
+        ("Good", {"sise": 1}, "cannot be called with 0 arguments and retrieval.kwargs={'sise': 1}"),
+        ("Blocking", {}, "needs a method `async def search(self, query, top_k)`"),
+        ("Narrow", {}, "needs a method `async def search(self, query, top_k)`: too many positional"),
+    ],
+)
+def test_a_class_that_cannot_do_is_explained(name: str, kwargs: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_class(f"my_extension:{name}", kwargs, section="retrieval", methods=METHODS)
+    assert str(caught.value).startswith(f"retrieval.import_path=my_extension:{name}")
+    assert message in str(caught.value)

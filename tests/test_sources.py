@@ -256,5 +256,7 @@ def test_how_searches_travel_is_no_part_of_what_they_find(cfg: Config) -> None:
         settings(kind=RetrievalKind.replay, cache="a"),
         settings(kind=RetrievalKind.google),
         settings(kind=RetrievalKind.none),
+        settings(kind=RetrievalKind.custom, import_path="a:B"),
+        settings(kind=RetrievalKind.custom, import_path="a:B", kwargs={"c": 1}),
     ]
     assert len({tuple(item) for item in different}) == len(different)

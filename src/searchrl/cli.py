@@ -136,7 +136,7 @@ def _validate(args: argparse.Namespace) -> None:
 
 def _warmstart(args: argparse.Namespace) -> None:
     cfg, _ = load_config(args.overrides)
-    _check_machine(cfg)
+    check_machine(cfg)
     if _launched(args, cfg):
         return
     _prepare(cfg)

@@ -1,4 +1,4 @@
-"""Functions of the user's own, named in the configuration by import path."""
+"""Functions and classes of the user's own, named in the configuration by import path."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from searchrl.errors import did_you_mean
 
 def load_function(
     import_path: str, kwargs: Mapping[str, Any], *, section: str, positional: int
-) -> Callable[..., Any]:
+) -> partial[Any]:
     """The function that ``import_path`` names, with ``kwargs`` filled in.
 
     Modules are looked for where Python looks, and in the current folder, from which an installed command
@@ -53,7 +53,37 @@ def load_function(
         inspect.signature(function).bind(*[None] * positional, **kwargs)
     except TypeError as error:
         raise ConfigError(
-            f"{setting} cannot be called with {positional} argument{'s' * (positional > 1)} and {section}."
+            f"{setting} cannot be called with {positional} argument{'s' * (positional != 1)} and {section}."
             f"kwargs={dict(kwargs)}: {error}"
         ) from error
     return partial(function, **kwargs)
+
+
+def load_class(
+    import_path: str, kwargs: Mapping[str, Any], *, section: str, methods: Mapping[str, Sequence[str]]
+) -> Callable[[], Any]:
+    """The class that ``import_path`` names, with ``kwargs`` filled in; see ``load_function``.
+
+    Args:
+        import_path: ``module:Class``.
+        kwargs: keyword arguments that objects of it are made with.
+        section: of the configuration, for messages.
+        methods: the ``async`` methods that it must have, by name, with the names of their arguments.
+
+    Raises:
+        ConfigError: it cannot be imported or made so, is no class, or lacks a method.
+    """
+    make = load_function(import_path, kwargs, section=section, positional=0)
+    setting, made = f"{section}.import_path={import_path}", make.func
+    if not isinstance(made, type):
+        raise ConfigError(f"{setting} is {made!r}, which is no class")
+    for name, arguments in methods.items():
+        method = inspect.getattr_static(made, name, None)
+        wanted = f"async def {name}({', '.join(['self', *arguments])})"
+        if not inspect.iscoroutinefunction(method):
+            raise ConfigError(f"{setting} needs a method `{wanted}`")
+        try:
+            inspect.signature(method).bind(None, *arguments)
+        except TypeError as error:
+            raise ConfigError(f"{setting} needs a method `{wanted}`: {error}") from error
+    return make

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from searchrl.config import Config, ConfigError, IndexKind, RetrievalKind
+from searchrl.config import Config, ConfigError, IndexKind, RetrievalConfig, RetrievalKind
 from searchrl.console import Console
 from searchrl.distributed import World, barrier, gather_objects
 from searchrl.errors import InputError
+from searchrl.extensions import load_class
 from searchrl.models import resolve_model
 from searchrl.retrieval.cache import CachedRetriever, DiskCache, ReplayRetriever
 from searchrl.retrieval.client import HttpRetriever
+from searchrl.retrieval.custom import METHODS, open_custom
 from searchrl.retrieval.embedded import EmbeddedServer
 from searchrl.retrieval.meter import MeteredRetriever, RetrievalMeter
 from searchrl.retrieval.none import NoRetriever
@@ -108,6 +111,19 @@ def _open_source(
                 meter=meter,
             )
             yield web, source_identity(retrieval.kind, retrieval.web)
+        case RetrievalKind.custom:
+            custom = open_custom(
+                load_class(retrieval.import_path, retrieval.kwargs, section="retrieval", methods=METHODS),
+                name=f"retrieval.import_path={retrieval.import_path}",
+                deadline_s=retrieval.deadline_s,
+                max_concurrency=retrieval.max_concurrency,
+            )
+            yield runner.run(custom), _custom_identity(retrieval)
+
+
+def _custom_identity(retrieval: RetrievalConfig) -> str:
+    """The class and its arguments; what its code does is its author's to know."""
+    return f"{retrieval.import_path} {json.dumps(retrieval.kwargs, sort_keys=True, default=str)}"
 
 
 def _index_identity(runner: asyncio.Runner, client: HttpRetriever, urls: Sequence[str]) -> str:
@@ -199,6 +215,8 @@ def source_settings(cfg: Config) -> list[str]:
             from searchrl.retrieval.web import source_identity
 
             settings += [source_identity(retrieval.kind, retrieval.web)]
+        case RetrievalKind.custom:
+            settings += [_custom_identity(retrieval)]
         case RetrievalKind.oracle:
             settings += [retrieval.corpus]
         case RetrievalKind.none:

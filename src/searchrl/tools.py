@@ -1,4 +1,4 @@
-"""What an episode can call. To add a tool, implement ``Tool``."""
+"""What an episode can call. A tool of one's own comes in as a retriever, ``retrieval.kind=custom``."""
 
 from __future__ import annotations
 

@@ -278,6 +278,16 @@ def other_index(bench: Bench) -> Ended:
     return Ended(process.returncode, printed + rest)
 
 
+def with_a_tool(bench: Bench, model: Path) -> Ended:
+    """The examples' sums with the examples' calculator, one step from a policy that searches."""
+    written = run(python("examples.sums", ["sums"]), cwd=bench.folder, timeout_s=60)
+    assert written.returncode == 0, written.stdout
+    data = ("data.train=sums/train.jsonl", "data.eval=sums/test.jsonl", "data.prompt_column=prompt")
+    tool = ("retrieval=custom", "retrieval.import_path=examples.calculator:Calculator")
+    policy = (f"model.path={model}", "warmstart.demonstrations=0")
+    return bench.run("tool", "steps=1", *data, *tool, "+retrieval.kwargs.digits=2", *policy)
+
+
 @pytest.fixture(scope="module")
 def later(bench: Bench, finished: Ended) -> Iterator[dict[str, Future[Any]]]:
     """Everything that can start once there is a finished run, two at a time."""
@@ -298,6 +308,7 @@ def later(bench: Bench, finished: Ended) -> Iterator[dict[str, Future[Any]]]:
         "eval": lambda: bench.run(
             "judged", f"checkpoint={model}", "engine.tensor_parallel=2", mode="eval", ranks=2
         ),
+        "tool": lambda: with_a_tool(bench, model),
         "none": lambda: bench.run(
             "none", "steps=1", "retrieval=none", f"model.path={model}", "warmstart.demonstrations=0"
         ),
@@ -786,6 +797,20 @@ def test_training_without_retrieval_finds_nothing(bench: Bench, later: dict[str,
     assert searched
     assert all("No documents were found." in turn["appended"] for turn in searched)
     assert not (bench.at("none") / "retriever.log").exists()
+
+
+def test_a_tool_of_ones_own_answers_what_the_policy_searches(
+    bench: Bench, later: dict[str, Future[Ended]]
+) -> None:
+    ended = later["tool"].result()
+    assert ended.code == 0, ended.printed
+    (step,) = bench.steps("tool")
+    assert step["retrieval/status/ok"] > 0
+    records = bench.trajectories("tool", "step-000001.rank0.jsonl")
+    read = [turn["appended"] for record in records for turn in record["turns"] if turn["query"] is not None]
+    assert read
+    assert all("\nDoc 1(Title: " in text for text in read if text)
+    assert not (bench.at("tool") / "retriever.log").exists()
 
 
 def test_no_key_is_written_or_printed(bench: Bench, later: dict[str, Future[Any]]) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import json
 import logging
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from example import ROOT
 from searchrl.config import WebConfig
 from searchrl.retrieval.mcp_search import McpEngine
 from searchrl.retrieval.meter import RetrievalMeter
@@ -146,6 +150,23 @@ def answering(status: int, body: str = "no", **headers: str) -> ASGIApp:
             await Response(body, status, headers=sent)(scope, receive, send)
 
     return app
+
+
+def test_the_example_of_a_server_is_searched(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    texts = ['"Accra"\nAccra is the capital of Ghana.', '"Lima"\nLima is in Peru.', '"Oslo"\nOslo is cold.']
+    corpus.write_text("".join(json.dumps({"id": str(i), "contents": t}) + "\n" for i, t in enumerate(texts)))
+    monkeypatch.syspath_prepend(ROOT)
+    server = importlib.import_module("examples.mcp_server").make_server(corpus, count=2)
+    endpoint = serve(server.streamable_http_app()) + "/mcp"
+
+    ghana, two, none = run(retriever_of(endpoint, tool="lookup"), "The capital of GHANA", "is", "nowhere")
+    assert isinstance(ghana, list)
+    assert isinstance(two, list)
+    assert (ghana[0].title, ghana[0].text) == ("Accra", "Accra is the capital of Ghana.")
+    assert (len(two), none) == (2, [])
 
 
 def test_text_blocks_become_documents(url: str) -> None:

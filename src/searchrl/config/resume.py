@@ -27,7 +27,7 @@ MAY_DIFFER = frozenset(
         *("model.path", "checkpoint", "data.train", "data.eval"),
         *("retrieval.kind", "retrieval.corpus", "retrieval.index", "retrieval.dense_index"),
         *("retrieval.index_path", "retrieval.encoder", "retrieval.encoder_family", "retrieval.web"),
-        *("retrieval.cache", "retrieval.urls"),
+        *("retrieval.cache", "retrieval.urls", "retrieval.import_path", "retrieval.kwargs"),
         # How searches and verdicts travel, and how patient a run is.
         *("retrieval.devices", "retrieval.timeout_s", "retrieval.deadline_s", "retrieval.max_concurrency"),
         *("retrieval.max_failed_fraction", "retrieval.patience_s", "episode.deadline_s"),

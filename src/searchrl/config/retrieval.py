@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 
 class RetrievalKind(StrEnum):
@@ -15,6 +16,7 @@ class RetrievalKind(StrEnum):
     brave = "brave"
     searxng = "searxng"
     mcp = "mcp"
+    custom = "custom"
     replay = "replay"
     none = "none"
     oracle = "oracle"
@@ -54,10 +56,11 @@ class WebConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RetrievalConfig:
-    """Search results: an embedded server, servers elsewhere, the web, a recording, or an ablation."""
+    """Search results: an embedded server, servers elsewhere, the web, one's own tool, or an ablation."""
 
     kind: RetrievalKind = RetrievalKind.embedded
     """``embedded``: the train command starts a server on loopback, one a node, and stops it at the end.
+    ``custom``: a tool or retriever of one's own, ``import_path`` (docs/extending.md).
     ``oracle``: every search returns the question's ``metadata.gold_passages``; for `searchrl eval` only."""
     corpus: str = ""
     """embedded, oracle: passages, JSONL."""
@@ -88,6 +91,11 @@ class RetrievalConfig:
     """SQLite file that records every answer and answers what it has; empty: none. replay: the recording."""
     web: WebConfig = field(default_factory=WebConfig)
     """google, brave, searxng, mcp."""
+    import_path: str = ""
+    """custom: ``module:Class`` whose objects have ``async search(query, top_k) -> list[Document]`` and
+    ``async aclose()``."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """custom: arguments that the object is made with."""
     shuffle_documents: bool = False
     """embedded: return real but unrelated passages (an ablation)."""
     max_failed_fraction: float = 0.1

@@ -93,7 +93,10 @@ def communication(cfg: Config) -> Iterator[Finding]:
 
 
 def retriever(cfg: Config) -> Iterator[Finding]:
-    """The source of search results answers one search; the web is not asked, since that costs."""
+    """The source of search results answers one search.
+
+    The web is not asked, since that costs, nor a tool of one's own, which may not know what a search is.
+    """
     import asyncio
 
     from searchrl.console import Console
@@ -102,10 +105,9 @@ def retriever(cfg: Config) -> Iterator[Finding]:
     from searchrl.sources import index_folder, open_retriever
 
     check, retrieval = "retriever", cfg.retrieval
-    if retrieval.kind in (*WEB, RetrievalKind.none, RetrievalKind.oracle, RetrievalKind.replay):
-        yield ok(
-            check, f"retrieval={retrieval.kind}: nothing to ask; its settings are part of `configuration`"
-        )
+    silent = (RetrievalKind.none, RetrievalKind.oracle, RetrievalKind.replay, RetrievalKind.custom)
+    if retrieval.kind in (*WEB, *silent):
+        yield ok(check, f"retrieval={retrieval.kind}: not asked; its settings are part of `configuration`")
         return
     if retrieval.kind is RetrievalKind.embedded and not (index_folder(cfg) / "manifest.json").is_file():
         if retrieval.index_path:

@@ -6,7 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from searchrl.config import IndexKind, RetrievalConfig, RetrievalKind
+from searchrl.config import ConfigError, IndexKind, RetrievalConfig, RetrievalKind
+from searchrl.extensions import load_class
+from searchrl.retrieval.custom import METHODS
 from searchrl.retrieval.devices import DeviceError, gpu_numbers
 from searchrl.retrieval.kinds import dense_index_problem
 from searchrl.retrieval.wire import TOKEN_VARIABLE, is_token
@@ -30,6 +32,11 @@ def retrieval_problems(retrieval: RetrievalConfig, training: bool) -> Iterator[s
             "retrieval.kind=oracle returns the gold passages whatever is asked, so a policy would learn that "
             "queries do not matter; use it with `searchrl eval`, or choose retrieval=bm25"
         )
+    if retrieval.kind is not RetrievalKind.custom and (retrieval.import_path or retrieval.kwargs):
+        yield (
+            "retrieval.import_path and retrieval.kwargs are only used with retrieval.kind=custom, not "
+            f"{retrieval.kind}; choose retrieval=custom, or leave them out"
+        )
     match retrieval.kind:
         case RetrievalKind.embedded:
             yield from _embedded(retrieval)
@@ -44,6 +51,8 @@ def retrieval_problems(retrieval: RetrievalConfig, training: bool) -> Iterator[s
                 yield f"the environment variable {TOKEN_VARIABLE} must be printable ASCII without spaces"
         case RetrievalKind.google | RetrievalKind.brave | RetrievalKind.searxng | RetrievalKind.mcp:
             yield from _web(retrieval)
+        case RetrievalKind.custom:
+            yield from _custom(retrieval)
         case RetrievalKind.replay:
             if not retrieval.cache:
                 yield "retrieval.cache is not set; name the recording that retrieval=replay answers from"
@@ -56,6 +65,16 @@ def retrieval_problems(retrieval: RetrievalConfig, training: bool) -> Iterator[s
             yield from _corpus(retrieval)
         case RetrievalKind.none:
             pass
+
+
+def _custom(retrieval: RetrievalConfig) -> Iterator[str]:
+    if not retrieval.import_path:
+        yield "retrieval.kind=custom needs retrieval.import_path, of the form module:Class"
+        return
+    try:
+        load_class(retrieval.import_path, retrieval.kwargs, section="retrieval", methods=METHODS)
+    except ConfigError as error:
+        yield str(error)
 
 
 def _corpus(retrieval: RetrievalConfig) -> Iterator[str]:
