@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = commands.add_parser(name, help=help_text, add_help=False)
         command.set_defaults(function=function)
     args, rest = parser.parse_known_args(argv)
-    if rest and args.function not in (_data, _serve, _index, _replay):
+    if rest and args.function not in (_data, _serve, _index, _replay, _report):
         parser.error(f"unrecognized arguments: {' '.join(rest)}; settings are written key=value")
     args.rest = rest
     args.function(args)
@@ -254,6 +254,12 @@ def _replay(args: argparse.Namespace) -> None:
     replay(given.path, model=given.model, device=given.device)
 
 
+def _report(args: argparse.Namespace) -> None:
+    from searchrl.report.command import main as report
+
+    report(args.rest)
+
+
 def _check_memory(cfg: Config, *, training: bool = True) -> None:
     """Refuse a run whose plan cannot fit; one rank of a machine speaks for all."""
     from searchrl.launcher import local_ranks, world_size
@@ -309,6 +315,7 @@ _FLAG_COMMANDS = (  # they take flags of their own, not Hydra's overrides
     ("data", "build, prepare and audit question sets", _data),
     ("index", "build, import, convert and compare retrieval indexes", _index),
     ("serve", "serve an index over HTTP", _serve),
+    ("report", "a run as one page: curves, tables and every trajectory; --compare, --watch", _report),
     ("replay", "run a micro-batch again that was stopped because something is not finite", _replay),
 )
 

@@ -28,7 +28,7 @@ from searchrl.out_of_memory import TokenBudget
 from searchrl.overlap import Rollouts
 from searchrl.policy import ReferencePolicy
 from searchrl.preemption import saved_before_stop
-from searchrl.records import policy_lag, rollout_tally, write_trajectories
+from searchrl.records import policy_lag, rollout_tally, write_trainer_logprobs, write_trajectories
 from searchrl.reference import Reference
 from searchrl.resuming import Saver, begin_step, make_room, open_log, resume
 from searchrl.retrieval.meter import RetrievalStats, merge_stats
@@ -83,6 +83,7 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
                 update = prepare_update(actor, reference, samples, cfg=cfg, world=env.world, budget=budget)
             with _dumped(run, actor, resolved), phases("update"):
                 updated = apply_update(update, actor, epochs=cfg.update.epochs, step=step)
+            write_trainer_logprobs(_step_file(run, "trainer_logprobs", step), update.objective.compared)
             with phases("rollout"):
                 rollouts.wait()
             with phases("swap"):
@@ -159,8 +160,7 @@ def _rollout(run: Run, sampler: Sampler, step: int, group: ProcessGroup | None) 
             group=group,
             stop=env.stop,
         )
-    name = f"step-{step + 1:06d}.rank{world.rank}.jsonl"
-    write_trajectories(env.run_dir / "trajectories" / name, collected.scored)
+    write_trajectories(_step_file(run, "trajectories", step), collected.scored)
     members = [(item, index) for item in collected.scored for index in range(len(item.rewards))]
     check_failures(
         [str(item.error(index)) for item, index in members if item.rewards[index] is None],
@@ -170,6 +170,10 @@ def _rollout(run: Run, sampler: Sampler, step: int, group: ProcessGroup | None) 
         group=group,
     )
     return Played(collected=collected, searches=env.searches.take(), seconds=time.perf_counter() - begin)
+
+
+def _step_file(run: Run, folder: str, step: int) -> Path:
+    return run.env.run_dir / folder / f"step-{step + 1:06d}.rank{run.env.world.rank}.jsonl"
 
 
 def _samples(

@@ -143,7 +143,6 @@ report.browser = (() => {
     if (!listed.length) report.transcript.say(total ? "Nothing matches the filters." : "No trajectories yet.");
     else if (position < 0 && !isNewData) choose(0);
     else if (chosen === null) choose(0);
-    else if (!isNewData) open();
   }
 
   function update(newest) {
@@ -159,6 +158,7 @@ report.browser = (() => {
   list.addEventListener("scroll", paint);
   new ResizeObserver(paint).observe(list);
   report.filters.build(() => {
+    if (!data) return;
     report.filters.update(data); // another run has other hops
     refresh();
   });

@@ -187,8 +187,11 @@ report.charts = (() => {
     if (data.runs.some((run) => run.steps.length)) {
       const figure = place(reader);
       byId("charts").append(figure); // stays the last
-      byId("metric")?.remove();
-      figure.querySelector("figcaption").append(metricChooser());
+      const chooser = metricChooser();
+      if (byId("metric")?.length !== chooser.length) {
+        byId("metric")?.remove();
+        figure.querySelector("figcaption").append(chooser);
+      }
       await draw(reader, figure);
     }
     document.documentElement.dataset.charts = "drawn";

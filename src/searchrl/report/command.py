@@ -21,10 +21,17 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", nargs="?", type=Path, help="run directory, for example runs/quickstart")
     parser.add_argument(
-        "--compare", nargs="+", type=Path, default=[], metavar="RUN", help="lay the curves of these runs over it"
+        "--compare",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="RUN",
+        help="lay the curves of these runs over it",
     )
     parser.add_argument("--out", type=Path, help="where to write (default: report.html in the run directory)")
-    parser.add_argument("--watch", action="store_true", help="serve it on loopback, and follow a run in progress")
+    parser.add_argument(
+        "--watch", action="store_true", help="serve it on loopback, and follow a run in progress"
+    )
     parser.add_argument("--port", type=int, default=PORT, help="of --watch; 0: any (default: %(default)s)")
     return parser
 
@@ -57,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         written = write_report(readers, out)
     except OSError as error:
-        raise ReportError(f"{out} cannot be written ({error.strerror}); choose another place: --out PATH") from error
+        raise ReportError(
+            f"{out} cannot be written ({error.strerror}); choose another place: --out PATH"
+        ) from error
     for path in written:
         print(f"{path}  {_size(path) / 2**20:.1f} MiB")
     print(f"made in {time.perf_counter() - begin:.1f} s; open it in a browser")

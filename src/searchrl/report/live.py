@@ -106,11 +106,15 @@ def serve(readers: Sequence[RunReader], *, port: int) -> None:
         listener.bind((HOST, port))
     except (OSError, OverflowError) as error:
         listener.close()
-        raise ReportError(f"port {port} cannot be used ({error}); choose another: --port 0 takes any") from error
+        raise ReportError(
+            f"port {port} cannot be used ({error}); choose another: --port 0 takes any"
+        ) from error
     with listener:
         config = uvicorn.Config(make_app(readers), log_level="warning", timeout_graceful_shutdown=2)
         print(f"http://{HOST}:{listener.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
         try:
             uvicorn.Server(config).run(sockets=[listener])
-        except KeyboardInterrupt:  # uvicorn passes it on once it has shut down: that is how one stops watching
+        except (
+            KeyboardInterrupt
+        ):  # uvicorn passes it on once it has shut down: that is how one stops watching
             print("stopped")

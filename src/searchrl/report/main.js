@@ -43,14 +43,10 @@
 
   /* A server that has gone is no reason to lose what is shown. */
   async function watch() {
-    try {
-      const newest = await report.store.load();
-      if (newest) update(newest);
-      document.documentElement.dataset.connection = "up";
-    } catch (error) {
-      if (!(error instanceof TypeError)) throw error; // fetch: nobody answered
-      document.documentElement.dataset.connection = "down";
-    }
+    const lost = Symbol("the server does not answer");
+    const newest = await report.store.load().catch(() => lost);
+    document.documentElement.dataset.connection = newest === lost ? "down" : "up";
+    if (newest !== lost && newest !== null) update(newest);
     setTimeout(watch, EVERY_MS);
   }
 
@@ -76,6 +72,7 @@
     },
     "?": toggleHelp,
   };
+  const STEPS = { ArrowLeft: -1, ArrowRight: 1 };
   const SCROLLING = new Set(["ArrowDown", "ArrowUp", "Home", "End"]);
 
   document.addEventListener("keydown", (event) => {
@@ -86,6 +83,13 @@
       byId("help").hidden = true;
     }
     if (isTyping) return;
+    if (event.target.role === "tab" && STEPS[event.key]) {
+      const next = PARTS.indexOf(event.target.id.slice(4)) + STEPS[event.key];
+      const tab = byId(`tab-${PARTS[(next + PARTS.length) % PARTS.length]}`);
+      tab.focus();
+      tab.click();
+      return;
+    }
     // In the transcript these keys scroll it, as everywhere else in a browser.
     if (SCROLLING.has(event.key) && event.target.closest("#transcript")) return;
     const act = anywhere[event.key] || (byId("trajectories").hidden ? null : inBrowser[event.key]);

@@ -12,8 +12,9 @@ import gzip
 import hashlib
 import html
 import json
-import shutil
+import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -26,7 +27,19 @@ from searchrl.report.transcripts import OUTCOMES
 INLINE_LIMIT = 64 * 2**20
 """Bytes of encoded transcripts that a page may hold; more stand in a folder beside it, a file a chunk."""
 
-SCRIPTS = ("dom.js", "store.js", "charts.js", "tables.js", "filters.js", "transcript.js", "browser.js", "main.js")
+_TRANSCRIPTS = re.compile(r"\d+_\d+-[0-9a-f]{8}\.js")
+"""Names of files in that folder."""
+
+SCRIPTS = (
+    "dom.js",
+    "store.js",
+    "charts.js",
+    "tables.js",
+    "filters.js",
+    "transcript.js",
+    "browser.js",
+    "main.js",
+)
 
 
 def write_report(readers: Sequence[RunReader], out: Path) -> list[Path]:
@@ -44,7 +57,7 @@ def write_report(readers: Sequence[RunReader], out: Path) -> list[Path]:
     beside = out.with_name(f"{out.stem}_transcripts")
     is_split = sum(map(len, chunks.values())) > INLINE_LIMIT
     out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(beside, ignore_errors=True)
+    _remove_transcripts(beside)
     data = encoded(json.dumps(payload(readers), allow_nan=False, separators=(",", ":")).encode())
     partial = out.with_name(f".{out.name}.partial")
     with partial.open("wb") as file:
@@ -53,12 +66,21 @@ def write_report(readers: Sequence[RunReader], out: Path) -> list[Path]:
             for name, chunk in chunks.items():
                 file.write(b'<script type="text/plain" id="chunk-%s">%s</script>\n' % (name.encode(), chunk))
     if is_split:
-        beside.mkdir()
+        beside.mkdir(exist_ok=True)
         for name, chunk in chunks.items():
             path = beside / f"{name.replace('/', '_')}.js"
             path.write_bytes(b'report.store.deliver("%s","%s");\n' % (name.encode(), chunk))
     partial.replace(out)
     return [out, beside] if is_split else [out]
+
+
+def _remove_transcripts(folder: Path) -> None:
+    """Those of an earlier report; what else somebody keeps in a folder of that name stays."""
+    ours = [path for path in folder.glob("*.js") if _TRANSCRIPTS.fullmatch(path.name)]
+    for path in ours:
+        path.unlink()
+    if ours and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def payload(readers: Sequence[RunReader]) -> dict[str, Any]:
@@ -93,11 +115,9 @@ def page(name: str, *, mode: str, data: bytes = b"", folder: str = "") -> bytes:
         data: the encoded payload; empty: the page asks the server for it.
         folder: where transcripts stand beside the page; empty: inside it, or the server has them.
     """
-    from plotly.offline import get_plotlyjs
-
-    plotly = get_plotlyjs()
+    plotly, plotly_hash = _plotly()
     scripts = {name: _asset(name) for name in SCRIPTS}
-    sources = [_hash(text) for text in (*scripts.values(), plotly)]
+    sources = [*map(_hash, scripts.values()), plotly_hash]
     policy = {
         "default-src": "'none'",
         "script-src": " ".join([*sources, *(["'self'", "file:"] if folder else [])]),
@@ -113,7 +133,7 @@ def page(name: str, *, mode: str, data: bytes = b"", folder: str = "") -> bytes:
         "style": _asset("page.css"),
         "mode": mode,
         "folder": html.escape(folder),
-        "plotly": encoded(plotly.encode()).decode(),
+        "plotly": plotly,
         "data": data.decode(),
         "scripts": "\n".join(f"<script>{text}</script>" for text in scripts.values()),
     }
@@ -123,6 +143,15 @@ def page(name: str, *, mode: str, data: bytes = b"", folder: str = "") -> bytes:
 def encoded(content: bytes) -> bytes:
     """Compressed, and in characters that mean nothing to HTML."""
     return base64.b64encode(gzip.compress(content, compresslevel=6, mtime=0))
+
+
+@cache
+def _plotly() -> tuple[str, str]:
+    """The library, encoded, and its hash."""
+    from plotly.offline import get_plotlyjs
+
+    text = get_plotlyjs()
+    return encoded(text.encode()).decode(), _hash(text)
 
 
 def _asset(name: str) -> str:

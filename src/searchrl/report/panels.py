@@ -93,7 +93,9 @@ PANELS = (
         compared=(("tis/k3", "KL (k3)"),),
         log=True,
     ),
-    Panel(title="Entropy", note="of the policy at sampled tokens, nats", series=(("loss/entropy", "entropy"),)),
+    Panel(
+        title="Entropy", note="of the policy at sampled tokens, nats", series=(("loss/entropy", "entropy"),)
+    ),
     Panel(
         title="Lengths",
         note="tokens per trajectory: the policy's own, and with observations",
@@ -135,7 +137,9 @@ PANELS = (
 _NOT_PHASES = {"time/step", "time/rollout_span"}
 
 
-def chart_panels(names: Collection[str], nonzero: Collection[str], *, comparing: bool) -> list[dict[str, Any]]:
+def chart_panels(
+    names: Collection[str], nonzero: Collection[str], *, comparing: bool
+) -> list[dict[str, Any]]:
     """The panels that have something to show, as the page takes them.
 
     Args:

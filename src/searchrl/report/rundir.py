@@ -15,7 +15,14 @@ from searchrl.evaluation.intervals import Interval, wilson
 from searchrl.evaluation.results import Result, load_results
 from searchrl.report.errors import ReportError
 from searchrl.report.tokens import open_tokens
-from searchrl.report.transcripts import Part, TrajectoryFile, finite, index_columns, read_part, trajectory_files
+from searchrl.report.transcripts import (
+    Part,
+    TrajectoryFile,
+    finite,
+    index_columns,
+    read_part,
+    trajectory_files,
+)
 
 Table = dict[str, Any]
 """``title``, ``columns``, ``rows`` of as many cells, all text; ``note`` below."""
@@ -116,7 +123,11 @@ class RunReader:
 
 def _other_files(run_dir: Path) -> list[tuple[Path, int, int]]:
     """What ``data`` reads anew every time, as it is now."""
-    paths = [run_dir / "metrics.jsonl", run_dir / "comparison.json", *sorted((run_dir / "eval").glob("*.json"))]
+    paths = [
+        run_dir / "metrics.jsonl",
+        run_dir / "comparison.json",
+        *sorted((run_dir / "eval").glob("*.json")),
+    ]
     stats = [(path, path.stat()) for path in paths if path.exists()]
     return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 

@@ -50,8 +50,9 @@ class TokenTexts:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
     def _grown(self, token_ids: Sequence[int], text: str) -> list[str] | None:
-        """By what a token adds to the one before it: right where tokens are parts of characters, or where a
-        tokenizer drops the space before a text's first word.
+        """By what each token adds to those before it.
+
+        Right where tokens are parts of characters, or where a text's first word loses the space before it.
         """
         pieces: list[str] = []
         before, start = 0, 0  # ids[before:start] made the last piece; those from start on wait for the rest

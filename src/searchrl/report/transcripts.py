@@ -115,7 +115,9 @@ def index_columns(parts: Sequence[Part]) -> dict[str, dict[str, list[Any]]]:
     for part in parts:
         first = len(groups["id"])
         for name in GROUP_COLUMNS:
-            groups[name] += [chunks + at for at in part.groups[name]] if name == "chunk" else part.groups[name]
+            groups[name] += (
+                [chunks + at for at in part.groups[name]] if name == "chunk" else part.groups[name]
+            )
         for name in ROW_COLUMNS:
             rows[name] += [first + at for at in part.rows[name]] if name == "group" else part.rows[name]
         chunks += len(part.chunks)
@@ -125,6 +127,11 @@ def index_columns(parts: Sequence[Part]) -> dict[str, dict[str, list[Any]]]:
 def finite(value: object) -> float | None:
     """The number, unless it is none or not finite: JSON knows neither NaN nor infinities."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _all_finite(values: Sequence[float]) -> Sequence[float | None]:
+    """``finite`` of each; of millions nearly none is anything else."""
+    return values if all(map(math.isfinite, values)) else [finite(value) for value in values]
 
 
 def _records(path: Path, part: Part) -> Iterator[dict[str, Any]]:
@@ -222,13 +229,13 @@ def _transcript(
     lengths = iter([count for tag, count in record["provenance"] if tag not in ("prompt", "sampled")])
     for turn in record["turns"]:
         size = len(turn["token_ids"])
-        of_turn = None if trainer is None else [finite(value) for value in trainer[start : start + size]]
+        of_turn = None if trainer is None else _all_finite(trainer[start : start + size])
         appended = turn.get("appended_by")
         turns.append(
             {
                 "tokens": None if tokens is None else tokens.split(turn["token_ids"], str(turn["sampled"])),
                 "text": str(turn["sampled"]),
-                "logprobs": [finite(value) for value in turn["logprobs"]],
+                "logprobs": _all_finite(turn["logprobs"]),
                 "trainer": of_turn if of_turn is not None and len(of_turn) == size else None,
                 "finish": str(turn.get("finish", "")),
                 "version": turn.get("policy_version"),
