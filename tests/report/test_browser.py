@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from report.generated import make_run, syllables
 from report.test_report import HOSTILE
@@ -80,7 +80,7 @@ def make(folder: Path, *, steps: int, groups: int, seed: int = 0) -> Path:
         folder,
         steps=steps,
         groups=groups,
-        length=4,
+        length=1,
         encode=lambda text: tokenizer.encode(text).ids,
         seed=seed,
     )
@@ -99,6 +99,10 @@ def hostile(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, **texts, "golden_answers": [text], "turns": [*turns, record["turns"][2]]}
 
 
+def chart(page: Page, title: str) -> Locator:
+    return page.locator("figure", has=page.get_by_role("heading", name=title, exact=True))
+
+
 def wait_for_list(page: Page, text: str) -> None:
     expect(page.locator("#count")).to_have_text(text)
 
@@ -109,12 +113,15 @@ def test_curves_are_drawn(run: Path, opened: Opened) -> None:
     page.wait_for_selector("html[data-charts=drawn]")
     titles = page.locator("figure:not([hidden]) h2").all_text_contents()
     assert {"Exact match", "Reward", "Time of a step", "Memory at its peak", "Entropy"} <= set(titles)
-    lines = page.locator("figure", has_text="Exact match").first.locator(".scatterlayer .js-line")
+    lines = chart(page, "Exact match").locator(".scatterlayer .js-line")
     assert len(lines.first.get_attribute("d") or "") > 100
     page.select_option("#metric", "update/lr")
-    expect(page.locator("figure", has_text="Any metric").locator(".js-line")).to_have_count(1)
+    expect(chart(page, "Any metric").locator(".js-line")).to_have_count(1)
     page.keyboard.press("2")
     expect(page.locator("#tables h2").first).to_have_text("Key figures")
+    page.keyboard.press("1")
+    chart(page, "Entropy").locator(".nsewdrag").click()
+    expect(page.locator("#count")).to_have_text("400 of 20,000")
 
 
 def test_twenty_thousand_trajectories_are_filtered_and_walked_through(run: Path, opened: Opened) -> None:
@@ -223,8 +230,7 @@ def test_runs_are_compared(tmp_path: Path, opened: Opened) -> None:
     page = opened.page
     page.goto((runs[0] / "compare.html").as_uri())
     page.wait_for_selector("html[data-charts=drawn]")
-    entropy = page.locator("figure", has=page.locator("h2", has_text="Entropy"))
-    expect(entropy.locator(".legendtext")).to_have_text(["a", "b"])
+    expect(chart(page, "Entropy").locator(".legendtext")).to_have_text(["a", "b"])
     page.keyboard.press("3")
     page.select_option("select[name=run]", label="b")
     wait_for_list(page, "64 of 64")

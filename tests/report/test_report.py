@@ -216,11 +216,18 @@ def test_records_of_a_step_complete_one_another(tmp_path: Path) -> None:
         (["time/step", "time/rollout"], ["time/step", "time/rollout"], False, "Time of a step", ["rollout"]),
         (["time/step", "time/rollout"], ["time/step", "time/rollout"], True, "Time of a step", ["step"]),
         (
+            ["reward/exact_match", "reward/exact_match_1_hop", "reward/exact_match_2_hop"],
+            ["reward/exact_match", "reward/exact_match_1_hop", "reward/exact_match_2_hop"],
+            False,
+            "Exact match",
+            ["training", "training, 1 hop", "training, 2 hop"],
+        ),
+        (
             ["reward/exact_match", "reward/exact_match_2_hop"],
             ["reward/exact_match", "reward/exact_match_2_hop"],
             False,
             "Exact match",
-            ["training", "training, 2 hop"],
+            ["training"],
         ),
     ],
 )

@@ -14,6 +14,7 @@ report.charts = (() => {
   let plotly = null; // the promise of it
   let chosen = ""; // the metric that the reader asked for
   let isStale = true;
+  let clicked = () => {}; // told the step of a point that is clicked
   let reader = null; // the panel in which any metric can be chosen
 
   function library() {
@@ -53,10 +54,11 @@ report.charts = (() => {
 
   function stacked(run, values, name, at, kind) {
     const colour = COLOURS[at % COLOURS.length];
-    const pattern = { shape: PATTERNS[at % PATTERNS.length], fgcolor: "rgba(255,255,255,0.55)", size: 6, solidity: 0.3 };
+    const shape = PATTERNS[at % PATTERNS.length];
+    const pattern = { shape, bgcolor: colour, fgcolor: "rgba(255,255,255,0.6)", size: 6, solidity: 0.25 };
     const base = { x: run.steps, y: values, name };
     if (kind === "bar") return { ...base, type: "bar", marker: { color: colour, pattern } };
-    return { ...base, mode: "lines", stackgroup: "all", line: { width: 0.5, color: colour }, fillpattern: { ...pattern, bgcolor: colour } };
+    return { ...base, mode: "lines", stackgroup: "all", line: { width: 0.5, color: colour }, fillcolor: colour, fillpattern: pattern };
   }
 
   /* Evaluations: markers with their intervals, larger and hollow, so that they stand out from the curves. */
@@ -113,7 +115,7 @@ report.charts = (() => {
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "system-ui, sans-serif", size: 12, color: ink },
-      xaxis: { ...axis, title: { text: "step", standoff: 4 } },
+      xaxis: { ...axis, title: { text: "step", standoff: 2, font: { size: 11 } } },
       yaxis: { ...axis, type: panel.log ? "log" : "linear", exponentformat: "power", rangemode: "tozero" },
       uirevision: "kept", // new data leaves the zoom and hidden curves as they are
       hovermode: "x unified",
@@ -121,7 +123,7 @@ report.charts = (() => {
       barmode: "stack",
       bargap: 0.15,
       showlegend: count > 1,
-      legend: { orientation: "h", y: -0.24, x: 0, yanchor: "top", font: { size: 11 } },
+      legend: { orientation: "h", y: -0.2, x: 0, yanchor: "top", font: { size: 11 } },
     };
   }
 
@@ -149,8 +151,10 @@ report.charts = (() => {
     figure.hidden = !drawn.length && panel !== reader;
     canvas.setAttribute("aria-label", described(panel));
     const Plotly = await library();
+    const isFirst = !canvas.data;
     if (drawn.length) await Plotly.react(canvas, drawn, layout(panel, drawn.filter((t) => t.showlegend !== false).length), SETTINGS);
     else if (canvas.data) Plotly.purge(canvas);
+    if (drawn.length && isFirst) canvas.on("plotly_click", ({ points }) => clicked(points[0].x));
   }
 
   function frame(panel, ...extra) {
@@ -215,5 +219,9 @@ report.charts = (() => {
   });
   dark.addEventListener("change", () => data && redraw());
 
-  return { update, show };
+  const onClick = (told) => {
+    clicked = told;
+  };
+
+  return { update, show, onClick };
 })();

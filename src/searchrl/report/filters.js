@@ -125,7 +125,14 @@ report.filters = (() => {
     return sorted(kept, index);
   }
 
+  /* The trajectories of one step, whatever was asked for before. */
+  function only(step) {
+    form.reset();
+    field.stepFrom.value = step;
+    field.stepTo.value = step;
+  }
+
   const focus = () => field.text.focus();
 
-  return { build, update, apply, run, focus };
+  return { build, update, apply, run, only, focus };
 })();

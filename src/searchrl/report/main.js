@@ -100,6 +100,11 @@
   for (const name of PARTS) byId(`tab-${name}`).addEventListener("click", () => select(name));
   byId("help-button").addEventListener("click", toggleHelp);
 
+  report.charts.onClick((step) => {
+    report.filters.only(step); // resetting the form lists anew
+    select("trajectories");
+  });
+
   const asked = window.location.hash.slice(1);
   select(PARTS.includes(asked) ? asked : "curves");
   const opening = report.store.isLive ? watch() : report.store.load().then(update);

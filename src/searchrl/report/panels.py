@@ -175,7 +175,9 @@ def _expanded(
                 yield pattern, label
             continue
         before, _, after = pattern.partition("*")
-        for name in sorted(nonzero):
-            if fnmatchcase(name, pattern) and name not in _NOT_PHASES:
-                found = name[len(before) : len(name) - len(after)]
-                yield name, label.replace("*", found.replace("_", " "))
+        found = [name for name in sorted(nonzero) if fnmatchcase(name, pattern) and name not in _NOT_PHASES]
+        if place > 0 and len(found) == 1:
+            continue  # the only part is the whole, which is there already
+        for name in found:
+            part = name[len(before) : len(name) - len(after)]
+            yield name, label.replace("*", part.replace("_", " "))

@@ -62,7 +62,8 @@ report.transcript = (() => {
   function appended(turn) {
     if (!turn.appended_by) return null;
     const isObserved = turn.appended_by === "observation";
-    const found = turn.search === "empty" ? "nothing found" : `${turn.documents.length} documents`;
+    const count = turn.documents.length;
+    const found = turn.search === "empty" ? "nothing found" : `${count} ${count === 1 ? "document" : "documents"}`;
     const took = turn.seconds === null ? "" : `, ${Math.round(turn.seconds * 1000)} ms`;
     const about = isObserved ? `${found}${took}, ` : "";
     return element("section", { class: `block ${turn.appended_by}` },

@@ -228,13 +228,14 @@ def _transcript(
     turns, start = [], 0
     lengths = iter([count for tag, count in record["provenance"] if tag not in ("prompt", "sampled")])
     for turn in record["turns"]:
-        size = len(turn["token_ids"])
+        size, text = len(turn["token_ids"]), str(turn["sampled"])
+        pieces = None if tokens is None else tokens.split(turn["token_ids"], text)
         of_turn = None if trainer is None else _all_finite(trainer[start : start + size])
         appended = turn.get("appended_by")
         turns.append(
             {
-                "tokens": None if tokens is None else tokens.split(turn["token_ids"], str(turn["sampled"])),
-                "text": str(turn["sampled"]),
+                "tokens": pieces,
+                "text": text if pieces is None else None,
                 "logprobs": _all_finite(turn["logprobs"]),
                 "trainer": of_turn if of_turn is not None and len(of_turn) == size else None,
                 "finish": str(turn.get("finish", "")),
@@ -263,4 +264,4 @@ def _document(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compressed(groups: Sequence[str]) -> bytes:
-    return gzip.compress(f"[{','.join(groups)}]".encode(), compresslevel=6, mtime=0)
+    return gzip.compress(f"[{','.join(groups)}]".encode(), compresslevel=5, mtime=0)
