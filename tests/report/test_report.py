@@ -214,7 +214,7 @@ def test_records_of_a_step_complete_one_another(tmp_path: Path) -> None:
         (["reward/mean", "reward/format"], ["reward/mean"], False, "Reward", ["reward"]),
         (["reward/mean"], [], False, "Reward", ["reward"]),
         (["time/step", "time/rollout"], ["time/step", "time/rollout"], False, "Time of a step", ["rollout"]),
-        (["time/step", "time/rollout"], ["time/step", "time/rollout"], True, "Time of a step", ["step"]),
+        (["time/step", "time/rollout"], ["time/step", "time/rollout"], True, "Time of a step", ["time/step"]),
         (
             ["reward/exact_match", "reward/exact_match_1_hop", "reward/exact_match_2_hop"],
             ["reward/exact_match", "reward/exact_match_1_hop", "reward/exact_match_2_hop"],

@@ -37,15 +37,16 @@ report.charts = (() => {
     });
   }
 
-  function line(run, values, name, colour, style) {
+  /* A curve; of several runs, or of several in a run, the one with this number. */
+  function line(run, values, name, number) {
     const base = { x: run.steps, name, connectgaps: true, legendgroup: name };
     const isShort = run.steps.length <= MARKED;
     const drawn = {
       ...base,
       y: smoothing ? smoothed(values) : values,
       mode: isShort ? "lines+markers" : "lines",
-      line: { color: COLOURS[colour % COLOURS.length], dash: DASHES[style % DASHES.length], width: 2 },
-      marker: { symbol: SYMBOLS[style % SYMBOLS.length], size: 5 },
+      line: { color: COLOURS[number % COLOURS.length], dash: DASHES[number % DASHES.length], width: 2 },
+      marker: { symbol: SYMBOLS[number % SYMBOLS.length], size: 5 },
     };
     if (!smoothing) return [drawn];
     const raw = { ...base, y: values, mode: "lines", opacity: 0.25, hoverinfo: "skip", showlegend: false };
@@ -71,7 +72,8 @@ report.charts = (() => {
         .map((evaluation) => [evaluation.step, evaluation.parts.find((part) => part.name === name)])
         .filter(([, part]) => part)
         .map(([step, part]) => ({ step, ...part[panel.evaluation] }));
-      const colour = COLOURS[(isOne ? at : number) % COLOURS.length];
+      const like = isOne ? at : number; // the curve that it belongs to
+      const colour = COLOURS[like % COLOURS.length];
       return {
         x: points.map((point) => point.step),
         y: points.map((point) => point.value),
@@ -86,7 +88,7 @@ report.charts = (() => {
         name: isOne ? (name === "all" ? "evaluation" : `evaluation, ${name}`) : `${run.name}, evaluation`,
         mode: points.length > 1 ? "lines+markers" : "markers",
         line: { color: colour, width: 1, dash: "dot" },
-        marker: { symbol: `${SYMBOLS[at % SYMBOLS.length]}-open`, size: 11, line: { width: 2 } },
+        marker: { symbol: `${SYMBOLS[like % SYMBOLS.length]}-open`, size: 11, line: { width: 2 } },
       };
     });
   }
@@ -98,8 +100,7 @@ report.charts = (() => {
         const values = run.metrics[metric];
         if (!values) return [];
         if (panel.kind !== "line") return [stacked(run, values, label, at, panel.kind)];
-        const name = isOne ? label : panel.series.length > 1 ? `${run.name}, ${label}` : run.name;
-        return line(run, values, name, isOne ? at : number, at);
+        return line(run, values, isOne ? label : run.name, isOne ? at : number);
       });
       return panel.evaluation ? [...drawn, ...evaluations(panel, run, number)] : drawn;
     });

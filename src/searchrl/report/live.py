@@ -104,6 +104,7 @@ def serve(readers: Sequence[RunReader], *, port: int) -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((HOST, port))
+        listener.listen()  # before its address is said: who comes at once waits for the server
     except (OSError, OverflowError) as error:
         listener.close()
         raise ReportError(

@@ -50,12 +50,12 @@ def write_report(readers: Sequence[RunReader], out: Path) -> list[Path]:
         out: the page's path; its folder is made if need be.
     """
     chunks = {
-        f"{number}/{name}": base64.b64encode(chunk)
+        f"{number}/{name}": chunk
         for number, reader in enumerate(readers)
         for name, chunk in reader.chunks.items()
     }
     beside = out.with_name(f"{out.stem}_transcripts")
-    is_split = sum(map(len, chunks.values())) > INLINE_LIMIT
+    is_split = sum(map(len, chunks.values())) * 4 // 3 > INLINE_LIMIT  # base64 makes four bytes of three
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_transcripts(beside)
     data = encoded(json.dumps(payload(readers), allow_nan=False, separators=(",", ":")).encode())
@@ -64,12 +64,14 @@ def write_report(readers: Sequence[RunReader], out: Path) -> list[Path]:
         file.write(page(title(readers), mode="file", data=data, folder=beside.name if is_split else ""))
         if not is_split:  # behind the scripts: the page is there before its last transcript is read
             for name, chunk in chunks.items():
-                file.write(b'<script type="text/plain" id="chunk-%s">%s</script>\n' % (name.encode(), chunk))
+                file.write(b'<script type="text/plain" id="chunk-%s">' % name.encode())
+                file.write(base64.b64encode(chunk) + b"</script>\n")
     if is_split:
         beside.mkdir(exist_ok=True)
         for name, chunk in chunks.items():
             path = beside / f"{name.replace('/', '_')}.js"
-            path.write_bytes(b'report.store.deliver("%s","%s");\n' % (name.encode(), chunk))
+            call = b'report.store.deliver("%s","%s");\n' % (name.encode(), base64.b64encode(chunk))
+            path.write_bytes(call)
     partial.replace(out)
     return [out, beside] if is_split else [out]
 

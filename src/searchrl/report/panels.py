@@ -19,8 +19,8 @@ class Panel:
     """(metric, label); in both ``*`` stands for the same anything."""
     kind: str = "line"
     """``line``, ``area`` (stacked shares) or ``bar`` (stacked amounts)."""
-    compared: tuple[tuple[str, str], ...] = ()
-    """What is shown in its place when several runs are compared: stacks do not overlay."""
+    compared: str = ""
+    """The one metric that is drawn for each of several runs; empty: the first of ``series``."""
     log: bool = False
     """The vertical axis is logarithmic."""
     evaluation: str = ""
@@ -62,13 +62,14 @@ PANELS = (
             ("retrieval/hit", "gold shown"),
             ("retrieval/evidence", "all evidence"),
         ),
+        compared="retrieval/hit",
     ),
     Panel(
         title="Outcomes",
         note="how episodes ended, share of trajectories",
         series=(("rollout/outcome/*", "*"),),
         kind="area",
-        compared=(("rollout/outcome/answered", "answered"),),
+        compared="rollout/outcome/answered",
     ),
     Panel(
         title="Effective sample size",
@@ -79,7 +80,6 @@ PANELS = (
             ("tis/rejected_fraction", "rejected"),
             ("tis/masked_fraction", "masked"),
         ),
-        compared=(("tis/ess_ratio", "ESS ratio"),),
     ),
     Panel(
         title="Mismatch of trainer and engine",
@@ -90,7 +90,6 @@ PANELS = (
             ("tis/abs_logprob_diff_max", "largest"),
             ("sync/probe_max_abs_diff", "probe after sync"),
         ),
-        compared=(("tis/k3", "KL (k3)"),),
         log=True,
     ),
     Panel(
@@ -106,13 +105,13 @@ PANELS = (
         note="seconds by phase",
         series=(("time/*", "*"),),
         kind="bar",
-        compared=(("time/step", "step"),),
+        compared="time/step",
     ),
     Panel(
         title="Memory at its peak",
         note="GiB of the fullest rank, by phase",
         series=(("memory/*_peak_gib", "*"),),
-        compared=(("memory/rollout_peak_gib", "rollout"), ("memory/update_peak_gib", "update")),
+        compared="memory/update_peak_gib",
     ),
     Panel(
         title="KL to the reference",
@@ -123,7 +122,6 @@ PANELS = (
         title="Loss",
         note="mean over the step's optimizer steps",
         series=(("loss/total", "total"), ("loss/policy_loss", "policy")),
-        compared=(("loss/total", "total"),),
     ),
     Panel(title="Gradient norm", note="before clipping", series=(("update/grad_norm", "norm"),)),
     Panel(title="Learning rate", note="of the step's last update", series=(("update/lr", "rate"),)),
@@ -149,13 +147,13 @@ def chart_panels(
     """
     charts = []
     for panel in PANELS:
-        asked = panel.compared if comparing and panel.compared else panel.series
-        series = list(_expanded(asked, names, nonzero))
+        chosen = panel.compared or panel.series[0][0]
+        series = list(_expanded(((chosen, chosen),) if comparing else panel.series, names, nonzero))
         if series or panel.evaluation:
             charts.append(
                 {
                     "title": panel.title,
-                    "note": panel.note,
+                    "note": chosen if comparing else panel.note,
                     "kind": "line" if comparing else panel.kind,
                     "log": panel.log,
                     "evaluation": panel.evaluation,
