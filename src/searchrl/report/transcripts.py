@@ -22,6 +22,8 @@ from searchrl.trajectory import Outcome, Provenance
 CHUNK_CHARS = 1_000_000
 """A chunk ends with the group that exceeds this: as JSON, before compression. Read in about 20 ms."""
 
+GROUP_COLUMNS = ("id", "question", "question_id", "gold", "hops", "evaluation", "step", "chunk", "place")
+ROW_COLUMNS = ("group", "member", "outcome", "reward", "exact", "searches", "sampled", "answer", "queries")
 OUTCOMES = tuple(str(outcome) for outcome in Outcome)
 _NAME = re.compile(r"(step|eval)(?:-(\d+))?\.rank(\d+)\.jsonl")
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError)
@@ -56,10 +58,6 @@ class Part:
     """gzip of JSON."""
     damaged: int = 0
     """Lines that could not be read."""
-
-
-GROUP_COLUMNS = ("id", "question", "question_id", "gold", "hops", "evaluation", "step", "chunk", "place")
-ROW_COLUMNS = ("group", "member", "outcome", "reward", "exact", "searches", "sampled", "answer", "queries")
 
 
 def trajectory_files(run_dir: Path) -> list[TrajectoryFile]:
