@@ -96,6 +96,7 @@ def test_evaluations_are_told_from_training(tmp_path: Path) -> None:
         b'{"id": "0/0", "question": "q", "turns": 3}',
         b'{"id": "0/9", "question": "q", "turns": [{}], "outcome": "answered", "provenance": []}',
         b'{"id": "0/9", "question": "q", "turns": [], "outcome": "unheard of", "provenance": []}',
+        b'{"id": "9/0", "question": "q", "turns": [], "hops": "many"}',
         b"\xff\xfe",
     ],
 )

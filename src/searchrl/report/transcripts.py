@@ -168,6 +168,11 @@ def _pack_group(
     place: int,
 ) -> str | None:
     """A group's transcripts as JSON, after its rows went into the index; None if no line of it is whole."""
+    try:
+        about = _about(records[0], file)
+    except _UNREADABLE:
+        part.damaged += len(records)
+        return None
     members, prompt, group = [], None, len(part.groups["id"])
     for record in records:
         try:
@@ -182,21 +187,22 @@ def _pack_group(
             part.rows[name].append(value)
     if not members:
         return None
-    first = records[0]
-    about = {
-        "id": str(first["id"]).rpartition("/")[0],
-        "question": str(first["question"]),
-        "question_id": str(first.get("question_id", "")),
-        "gold": [str(answer) for answer in first.get("golden_answers", ())],
-        "hops": int(first.get("hops", 0)),
-        "evaluation": int(file.is_evaluation),
-        "step": file.step,
-        "chunk": len(part.chunks),
-        "place": place,
-    }
-    for name, value in about.items():
+    for name, value in {**about, "chunk": len(part.chunks), "place": place}.items():
         part.groups[name].append(value)
     return json.dumps({"prompt": prompt, "members": members}, allow_nan=False, separators=(",", ":"))
+
+
+def _about(record: Mapping[str, Any], file: TrajectoryFile) -> dict[str, Any]:
+    """What the members of a group have in common."""
+    return {
+        "id": str(record["id"]).rpartition("/")[0],
+        "question": str(record["question"]),
+        "question_id": str(record.get("question_id", "")),
+        "gold": [str(answer) for answer in record.get("golden_answers", ())],
+        "hops": int(record.get("hops", 0)),
+        "evaluation": int(file.is_evaluation),
+        "step": file.step,
+    }
 
 
 def _row(record: Mapping[str, Any]) -> dict[str, Any]:
