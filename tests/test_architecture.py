@@ -71,8 +71,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation", "warmstart", "sources", "update", "collect", "overlap"),
     ("setup",),
     ("resuming", "evaluation.training"),
-    ("trainer", "evaluation.benchmark", "doctor", "replay", "config_cli", "completion", "play"),
-    ("cli", "report"),
+    ("trainer", "evaluation.benchmark", "doctor", "replay", "config_cli", "completion", "play", "report"),
+    ("cli",),
     ("api",),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
@@ -277,7 +277,8 @@ def test_the_command_line_starts_without_the_heavy_libraries(code: str) -> None:
         ("data.packages", "from searchrl.data.facts import Fact", 1),
         ("data.packages", "from searchrl.data.errors import DataError", 0),
         ("engine", "if TYPE_CHECKING:\n    from searchrl.actor import Actor", 1),
-        ("report.page", "from searchrl.trainer import train", 0),
+        ("report.page", "from searchrl.trainer import train", 1),
+        ("cli", "from searchrl.report.command import main", 0),
         ("novelty", "x = 1", 1),
     ],
 )

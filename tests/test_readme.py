@@ -12,6 +12,7 @@ import pytest
 from searchrl.compose import load_config
 from searchrl.config import ConfigError
 from searchrl.data import data_cli
+from searchrl.report import command
 from searchrl.retrieval import index_cli, server
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +22,7 @@ FLAGS = {
     "data": data_cli.argument_parser,
     "index": index_cli.argument_parser,
     "serve": server.argument_parser,
+    "report": command.argument_parser,
 }
 COMMANDS = [
     line.strip().partition("  #")[0]

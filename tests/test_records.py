@@ -7,9 +7,19 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
+from searchrl.algorithm.importance import ImportanceInputs
 from searchrl.config import RewardConfig, RewardKind
-from searchrl.records import SHOWN, drop_later, policy_lag, rollout_tally, transcripts, write_trajectories
+from searchrl.records import (
+    SHOWN,
+    drop_later,
+    policy_lag,
+    rollout_tally,
+    transcripts,
+    write_trainer_logprobs,
+    write_trajectories,
+)
 from searchrl.rewards import ScoredGroup, score_group
 from searchrl.trajectory import (
     Document,
@@ -225,6 +235,7 @@ def test_the_log_has_a_readable_line_per_trajectory(tmp_path: Path) -> None:
         "retrieval_hit": True,
         "evidence": None,
         "provenance": [["prompt", 10], ["sampled", 3], ["observation", 13], ["sampled", 4]],
+        "prompt_ids": [0] * 10,
     }
     assert first["turns"][0] == {
         "sampled": f"{THINK}<search>rome</search>",
@@ -312,6 +323,7 @@ def test_what_was_written_about_later_steps_goes(tmp_path: Path, step: int, kept
     names = ("step-000002.rank0", "step-000002.rank1", "step-000003.rank1", "eval-000002.rank0", "eval.rank0")
     paths = [tmp_path / "trajectories" / f"{name}.jsonl" for name in names]
     paths += [tmp_path / "eval" / f"step-00000{number}.json" for number in (2, 3)]
+    paths += [tmp_path / "trainer_logprobs" / f"step-00000{number}.rank0.jsonl" for number in (2, 3)]
     for path in paths:
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -319,3 +331,27 @@ def test_what_was_written_about_later_steps_goes(tmp_path: Path, step: int, kept
     assert {path.name.removesuffix(".jsonl") for path in (tmp_path / "trajectories").iterdir()} == kept
     evaluations = {path.name for path in (tmp_path / "eval").iterdir()}
     assert evaluations == {f"step-00000{number}.json" for number in (2, 3) if number <= step}
+    logprobs = {path.name for path in (tmp_path / "trainer_logprobs").iterdir()}
+    assert logprobs == {f"step-00000{number}.rank0.jsonl" for number in (2, 3) if number <= step}
+
+
+def test_the_trainers_logprobs_go_by_trajectory(tmp_path: Path) -> None:
+    """In one file; a second optimizer step on a trajectory has another policy, and is left out."""
+    first = importance_inputs([-0.1, -0.2, -0.30004], index=[0, 0, 1], ids=["7/0", "7/1"])
+    again = importance_inputs([-9.0, -0.5], index=[0, 1], ids=["7/1", "8/0"])
+    write_trainer_logprobs(tmp_path / "folder" / "file.jsonl", [first, again])
+    lines = (tmp_path / "folder" / "file.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"id": "7/0", "logprobs": [-0.1, -0.2]},
+        {"id": "7/1", "logprobs": [-0.3]},
+        {"id": "8/0", "logprobs": [-0.5]},
+    ]
+
+
+def importance_inputs(logprobs: list[float], *, index: list[int], ids: list[str]) -> ImportanceInputs:
+    return ImportanceInputs(
+        old_logprobs=torch.tensor(logprobs),
+        sampling_logprobs=torch.zeros(len(logprobs)),
+        trajectory_index=torch.tensor(index),
+        trajectory_ids=ids,
+    )

@@ -125,6 +125,25 @@ def test_a_forward_pass_is_made_only_where_it_is_needed(
         assert old[SAMPLES[0].id].tolist() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("cfg", [pytest.param(cfg, id=name) for name, cfg, _ in settings()])
+def test_what_the_trainer_says_of_the_tokens_is_kept(cfg: Config, actor: Actor, world: World) -> None:
+    """Of every sample, whether it was known before the first step or came by during it: reports show it."""
+    update = prepare_update(actor, None, SAMPLES, cfg=cfg, world=world)
+    apply_update(update, actor, epochs=cfg.update.epochs, step=0)
+    batches = update.cut.batches
+    expected = {
+        name: values.tolist()
+        for batch, flat in zip(batches, actor.logprobs(batches), strict=True)
+        for name, values in batch.split(flat).items()
+    }
+    for inputs in update.objective.compared:
+        index = inputs.trajectory_index
+        for number, name in enumerate(inputs.trajectory_ids):
+            assert inputs.old_logprobs[index == number].tolist() == pytest.approx(expected[name], abs=1e-5)
+    seen = {name for inputs in update.objective.compared for name in inputs.trajectory_ids}
+    assert seen == {sample.id for sample in SAMPLES}
+
+
 def test_identical_policies_give_plain_grpo(actor: Actor, world: World) -> None:
     """Every weight 1, nothing dropped; the loss is minus the tokens' mean advantage, whatever corrects."""
     samples = on_policy(actor, world)

@@ -213,6 +213,12 @@ def _replay(args: argparse.Namespace) -> None:
     replay(given.path, model=given.model, device=given.device)
 
 
+def _report(args: argparse.Namespace) -> None:
+    from searchrl.report.command import main as report
+
+    report(args.rest)
+
+
 def _play(args: argparse.Namespace) -> None:
     from searchrl.launcher import require_one_process
     from searchrl.play import argument_parser
@@ -306,6 +312,7 @@ _FLAG_COMMANDS = (  # they take flags of their own, not Hydra's overrides
     ("index", "build, import, convert and compare retrieval indexes", _index),
     ("serve", "serve an index over HTTP", _serve),
     ("play", "ask a policy at the terminal and watch it search; or --human: act in its place", _play),
+    ("report", "a run as one page: curves, tables and every trajectory; --compare, --watch", _report),
     ("config", "explain every setting, or show what a run would use", _config),
     ("completion", "print a script that teaches a shell to complete commands and settings", _completion),
     ("replay", "run a micro-batch again that was stopped because something is not finite", _replay),

@@ -82,6 +82,8 @@ class PolicyObjective:
     """Of this rank's samples: measured before the update if corrections are known by then, else during it."""
     sums: dict[str, float] = field(default_factory=dict)
     """Loss metrics summed over kept tokens."""
+    compared: list[ImportanceInputs] = field(default_factory=list)
+    """The trainer's log-probabilities beside the engine's, as the correction has seen them."""
     loss_sum: float = 0.0
     """This rank's share of the loss of the current optimizer step, times its denominator."""
     fault: Fault | None = None
@@ -162,6 +164,7 @@ class PolicyObjective:
         )
         correction = correct(inputs, self.importance, self.custom_weights)
         self.importance_totals = self.importance_totals.merge(measure(inputs, correction))
+        self.compared = [*self.compared, inputs]  # a new list: an attempt that fails leaves the old one
         return correction.weights, correction.keep
 
     def _add(self, metrics: Mapping[str, Tensor], keep: Tensor, total: Tensor) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from searchrl.answers import contains_answer
 from searchrl.collapse import collapse_terms
 from searchrl.metrics import Tally, Transcript
 from searchrl.rewards import Reward, ScoredGroup
 from searchrl.trajectory import Group, Outcome, Provenance, Trajectory, Turn
+
+if TYPE_CHECKING:
+    from searchrl.algorithm.importance import ImportanceInputs
 
 SHOWN = 16
 """Trajectories of a step in the sample that is shown beside its numbers."""
@@ -108,12 +111,34 @@ def transcripts(scored: Sequence[ScoredGroup]) -> list[Transcript]:
     ][:SHOWN]
 
 
+def write_trainer_logprobs(path: Path, compared: Iterable[ImportanceInputs]) -> None:
+    """One JSON line per trained trajectory: its id, and what the trainer gave its sampled tokens.
+
+    Beside the engine's in the trajectory files it gives the ratio that the importance correction saw.
+
+    Args:
+        path: the file of this step and rank.
+        compared: of the update; a trajectory that several optimizer steps saw is written as the first did.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written: set[str] = set()
+    with path.open("w", encoding="utf-8") as file:
+        for inputs in compared:
+            index, values = inputs.trajectory_index.tolist(), inputs.old_logprobs.tolist()
+            tokens = iter([round(value, 4) for value in values])
+            for number, run in groupby(index):  # a trajectory's tokens stand together
+                record = {"id": inputs.trajectory_ids[number], "logprobs": [next(tokens) for _ in run]}
+                if record["id"] not in written:
+                    written.add(record["id"])
+                    file.write(json.dumps(record) + "\n")
+
+
 def drop_later(run_dir: Path, step: int) -> None:
     """Delete later steps' trajectories and evaluations: a run that continues after ``step`` makes them anew.
 
     They would not all be written over: another number of ranks writes other files.
     """
-    for folder in ("trajectories", "eval"):
+    for folder in ("trajectories", "trainer_logprobs", "eval"):
         for path in (run_dir / folder).glob("*.json*"):
             numbered = re.match(r"(?:step|eval)-(\d+)\.", path.name)
             if numbered is not None and (int(numbered[1]) > step or step == 0):
@@ -145,6 +170,7 @@ def trajectory_record(group: Group, index: int, scores: Mapping[str, Any]) -> di
         "answer": trajectory.answer,
         **scores,
         "provenance": [[tag, len(list(run))] for tag, run in groupby(trajectory.provenance)],
+        "prompt_ids": trajectory.prompt_ids,
         "turns": [_turn_record(turn) for turn in trajectory.turns],
     }
 

@@ -28,7 +28,13 @@ from searchrl.out_of_memory import TokenBudget
 from searchrl.overlap import Rollouts
 from searchrl.policy import ReferencePolicy
 from searchrl.preemption import saved_before_stop
-from searchrl.records import policy_lag, rollout_tally, transcripts, write_trajectories
+from searchrl.records import (
+    policy_lag,
+    rollout_tally,
+    transcripts,
+    write_trainer_logprobs,
+    write_trajectories,
+)
 from searchrl.reference import Reference
 from searchrl.resuming import Saver, begin_step, make_room, open_log, resume
 from searchrl.retrieval.meter import RetrievalStats, merge_stats
@@ -84,6 +90,7 @@ def train(cfg: Config, resolved: dict[str, Any]) -> Path:
                 update = prepare_update(actor, reference, samples, cfg=cfg, world=env.world, budget=budget)
             with _dumped(run, actor, resolved), phases("update"), _shown(run, update) as on_batch:
                 updated = apply_update(update, actor, epochs=cfg.update.epochs, step=step, on_batch=on_batch)
+            write_trainer_logprobs(_step_file(run, "trainer_logprobs", step), update.objective.compared)
             with phases("rollout"):
                 rollouts.wait()
             with phases("swap"):
@@ -134,7 +141,7 @@ def _heartbeat(run: Run) -> Heartbeat:
 
 def _rollout(run: Run, sampler: Sampler, step: int, group: ProcessGroup | None) -> Played:
     """This rank's groups of the step, scored and written down. Runs in a thread of its own."""
-    cfg, world, env = run.env.cfg, run.env.world, run.env
+    cfg, env = run.env.cfg, run.env
     begin = time.perf_counter()
     env.searches.take()  # those of evaluations and of the warm start are not this step's
 
@@ -160,8 +167,7 @@ def _rollout(run: Run, sampler: Sampler, step: int, group: ProcessGroup | None) 
         group=group,
         stop=env.stop,
     )
-    name = f"step-{step + 1:06d}.rank{world.rank}.jsonl"
-    write_trajectories(env.run_dir / "trajectories" / name, collected.scored)
+    write_trajectories(_step_file(run, "trajectories", step), collected.scored)
     members = [(item, index) for item in collected.scored for index in range(len(item.rewards))]
     check_failures(
         [str(item.error(index)) for item, index in members if item.rewards[index] is None],
@@ -171,6 +177,10 @@ def _rollout(run: Run, sampler: Sampler, step: int, group: ProcessGroup | None) 
         group=group,
     )
     return Played(collected=collected, searches=env.searches.take(), seconds=time.perf_counter() - begin)
+
+
+def _step_file(run: Run, folder: str, step: int) -> Path:
+    return run.env.run_dir / folder / f"step-{step + 1:06d}.rank{run.env.world.rank}.jsonl"
 
 
 def _samples(

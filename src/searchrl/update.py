@@ -282,6 +282,7 @@ def _corrections(
         trajectory_index=index.to(world.device),
         trajectory_ids=list(sampling),
     )
+    objective.compared = [inputs]
     correction = correct(inputs, objective.importance, objective.custom_weights)
     totals = measure(inputs, correction)
     weights = correction.weights / reduce_totals(totals).normalizer(objective.importance)
