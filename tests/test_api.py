@@ -18,7 +18,7 @@ import pytest
 import searchrl
 from example import ROOT
 from searchrl import api
-from searchrl.cli import load_config
+from searchrl.compose import load_config
 from searchrl.config import ConfigError
 from searchrl.overrides import command_line_overrides
 from searchrl.play import argument_parser

@@ -102,8 +102,8 @@ WRONG_KEY = (
     Mistake("train +experiment=smoke xyzzy=1", "unknown key 'xyzzy'; `searchrl config` lists all"),
     Mistake(
         "train +experiment=smoke retrieval=googel",
-        "there is no retrieval=googel; did you mean google? There are bm25, brave, dense, google, http, "
-        "hybrid, mcp, none, oracle, replay, searxng, shuffled, wiki18",
+        "there is no retrieval=googel; did you mean google? There are bm25, brave, custom, dense, google, "
+        "http, hybrid, mcp, none, oracle, replay, searxng, shuffled, wiki18",
     ),
     Mistake("train +experiment=smoke steps", "'steps' is no setting; write key=value, for example steps=10"),
     Mistake("train +experiment=smoke steps=many", "steps=many: 'many' is not a whole number"),

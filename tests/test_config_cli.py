@@ -144,7 +144,7 @@ def test_what_a_run_would_use(capsys: pytest.CaptureFixture[str]) -> None:
         (["optimizer.lrr"], "setting or group 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
         (["retreival"], "group 'retreival'; did you mean 'retrieval'?"),
         (["experimnt"], "did you mean 'experiment'?"),
-        (["retrieval=bm52"], "there is no retrieval=bm52; did you mean 'bm25'?"),
+        (["retrieval=bm52"], "there is no retrieval=bm52; did you mean bm25?"),
         (["+experiment=smoke", "optimizr.lr"], "setting 'optimizr.lr'; did you mean 'optimizer.lr'?"),
     ],
 )

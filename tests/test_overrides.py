@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchrl.cli import compose_config
+from searchrl.compose import compose_config
 from searchrl.config import Config, ConfigError, Schedule
 from searchrl.extensions import load_function
 from searchrl.overrides import command_line_overrides, function_overrides

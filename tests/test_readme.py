@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from searchrl import play
+from searchrl.cli import main
 from searchrl.compose import load_config
 from searchrl.config import ConfigError
 from searchrl.data import data_cli
@@ -42,12 +44,18 @@ def test_every_command_composes(command: str) -> None:
     if words[1] in FLAGS:
         FLAGS[words[1]]().parse_args(words[2:])
         return
-    overrides = [word for word in words if "=" in word]
+    if words[1] == "config":
+        main(words[1:])
+        return
+    if words[1] == "play":
+        words[2:] = play.argument_parser().parse_intermixed_args(words[2:]).overrides
+    # The checkpoints are those of runs that the reader has made.
+    overrides = [re.sub("^checkpoint=.*", "checkpoint=random:tiny", word) for word in words if "=" in word]
     if "group_size=1" in overrides:  # shown as an example of a refused value
         with pytest.raises(ConfigError, match="group_size=1"):
             load_config(overrides)
     else:
-        load_config(overrides, training="eval" not in words)
+        load_config(overrides, training=words[1] not in ("eval", "play"))
 
 
 @pytest.mark.parametrize("target", re.findall(r"`?make ([a-z-]+)", README))

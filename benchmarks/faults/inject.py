@@ -374,9 +374,7 @@ def one_rank(where: Path) -> list[Row]:
                 os.kill(target, sent)
             code = run.end()
             seconds = time.monotonic() - begin - 0.5
-            left = [
-                one for one in run.left() if not (sent is signal.SIGKILL and one.startswith("/tmp/searchrl-"))
-            ]
+            left = [one for one in run.left() if not (sent is signal.SIGKILL and one.startswith("searchrl-"))]
         said = re.findall(r"searchrl: (.*)", run.text)
         seen = f"exit {code} after {seconds:.1f} s; {said[-1] if said else 'silent'}; left: {left or '-'}"
         good = (

@@ -120,7 +120,11 @@ class Run(Folder):
         deadline = time.monotonic() + seconds
         while (alive := self.pids()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        files = sorted(_shared_memory() - self.shared) + [path.name for path in self.temporary.iterdir()]
+        files = sorted(_shared_memory() - self.shared) + [
+            path.name
+            for path in self.temporary.iterdir()
+            if not path.name.startswith("torchinductor_")  # torch's cache of compiled code, meant to stay
+        ]
         return [f"process {command[:60]}" for command in alive.values()] + files
 
 

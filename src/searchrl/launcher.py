@@ -138,6 +138,8 @@ def launch(arguments: Sequence[str], processes: int) -> None:
     logging.disable(logging.CRITICAL)  # this process only waits; what torch would log, it says itself
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     with tempfile.TemporaryDirectory(prefix="searchrl-") as folder:
+        # Sockets of engines that several ranks hold, which nobody would remove after a signal.
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", folder)
 
         def pass_on(number: int, frame: FrameType | None) -> None:
             say_stopping(number)

@@ -19,13 +19,13 @@ from typing import Any, TypeVar
 from searchrl.checkpoint.files import (
     CheckpointError,
     find_damage,
-    flush,
     seal_files,
     write_json,
     write_manifest,
 )
 from searchrl.checkpoint.identity import refuse_differences
 from searchrl.config import Config, SavingConfig, settings_to_keep
+from searchrl.data.files import flush
 from searchrl.distributed import World, barrier, broadcast_object, gather_objects
 from searchrl.errors import SearchrlError
 
