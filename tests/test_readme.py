@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from example import touch_models
 from searchrl.cli import load_config
 from searchrl.config import ConfigError
 from searchrl.data import data_cli
@@ -33,14 +34,14 @@ def test_there_are_commands() -> None:
     assert len(COMMANDS) >= 6
 
 
-@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_composes(command: str) -> None:
+def test_every_command_composes(command: str, shipped_files: Path) -> None:
     words = shlex.split(command)
     if words[1] in FLAGS:
         FLAGS[words[1]]().parse_args(words[2:])
         return
     overrides = [word for word in words if "=" in word]
+    touch_models(overrides, shipped_files)
     if "group_size=1" in overrides:  # shown as an example of a refused value
         with pytest.raises(ConfigError, match="group_size=1"):
             load_config(overrides)
