@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -35,3 +36,14 @@ def touch_shipped_files(folder: Path) -> None:
         if "index_path" in shipped:
             (folder / shipped["index_path"]).mkdir(parents=True)
             (folder / shipped["index_path"] / "manifest.json").touch()
+
+
+def touch_models(overrides: Sequence[str], folder: Path) -> None:
+    """Where ``overrides`` name a model of a run, seen from ``folder``, files that look like one."""
+    for override in overrides:
+        setting, _, value = override.partition("=")
+        if setting in ("checkpoint", "model.path") and value.startswith("runs/"):
+            (folder / value).mkdir(parents=True, exist_ok=True)
+            (folder / value / "config.json").write_text("{}", encoding="utf-8")
+            for name in ("model.safetensors", "tokenizer.json"):
+                (folder / value / name).touch()

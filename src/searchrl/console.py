@@ -6,6 +6,7 @@ Without a terminal (a file, a pipe, a cluster's log) the same without bars and c
 from __future__ import annotations
 
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -73,12 +74,8 @@ class Console:
             return
         self.say(title, style="bold")  # rich would break a title into lines as short as its table
         table = Table()
-        for number, column in enumerate(columns):
-            table.add_column(
-                column,
-                justify="left" if number == 0 else "right",
-                min_width=max((len(row[number]) for row in rows), default=0),  # names may break, numbers not
-            )
+        for number, column in enumerate(_fitting(columns, rows, self._rich.width)):
+            table.add_column(column, justify="left" if number == 0 else "right")
         for row in rows:
             table.add_row(*(cell.translate(_WRITTEN_OUT) for cell in row))
         self._rich.print(table)
@@ -131,6 +128,18 @@ class Console:
                 self.say(f"{label}: {done}/{total}, {duration((now - begun) / done * (total - done))} left")
 
         return advance
+
+
+def _fitting(names: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Names of columns, broken into lines where the table would be too wide: rich would break numbers too."""
+    cells = [max((len(row[number]) for row in rows), default=0) for number in range(len(names))]
+    whole = sum(max(len(name), cell) + len(" | ") for name, cell in zip(names, cells, strict=True)) + 1
+    if whole <= width:
+        return list(names)
+    return [
+        "\n".join(textwrap.wrap(name, max([cell, *map(len, name.split())]), break_long_words=False))
+        for name, cell in zip(names, cells, strict=True)
+    ]
 
 
 class Terminal(RichConsole):

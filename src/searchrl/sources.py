@@ -24,7 +24,7 @@ from searchrl.retrieval.embedded import EmbeddedServer
 from searchrl.retrieval.meter import MeteredRetriever, RetrievalMeter
 from searchrl.retrieval.none import NoRetriever
 from searchrl.retrieval.outage import PatientRetriever
-from searchrl.retrieval.types import RetrievalError, Retriever
+from searchrl.retrieval.types import FailureKind, RetrievalError, Retriever
 from searchrl.retrieval.wire import TOKEN_VARIABLE
 
 SHUFFLE_SEED = 1
@@ -34,6 +34,8 @@ SHUFFLE_SEED = 1
 class SourceError(InputError, RuntimeError):
     """The configured source of search results does not answer, or not as this run needs it."""
 
+
+_DOWN = (FailureKind.TIMEOUT, FailureKind.UNAVAILABLE)
 
 _UNNAMED = "servers "
 """How the identity of servers begins that do not name their index: all that is known are their addresses."""
@@ -139,7 +141,9 @@ def _index_identity(runner: asyncio.Runner, client: HttpRetriever, urls: Sequenc
                 )
     except (RetrievalError, SourceError) as error:
         runner.run(client.aclose())
-        raise SourceError(str(error)) from error
+        is_down = isinstance(error, RetrievalError) and error.kind in _DOWN
+        remedy = "; start it (`searchrl serve`), or correct retrieval.urls" if is_down and urls else ""
+        raise SourceError(f"{error}{remedy}") from error
     return identity
 
 

@@ -74,11 +74,26 @@ def test_only_places_that_exist_are_named(tmp_path: Path) -> None:
 
 
 def test_the_commands_can_be_typed() -> None:
-    overrides = ["+experiment=smoke", "name=a", "steps=3", "resume=true", "loss={kl_coef: 0.1}"]
+    overrides = [
+        "+experiment=smoke",
+        "name=a",
+        "steps=3",
+        "resume=true",
+        "processes=2",
+        "loss={kl_coef: 0.1}",
+    ]
     report, evaluation, play = (
         shlex.split(line[14:]) for line in commands(Path("my runs/a"), overrides).splitlines()
     )
     assert report == ["searchrl", "report", "my runs/a"]
     kept = ["+experiment=smoke", "loss={kl_coef: 0.1}"]
-    assert evaluation == ["searchrl", "eval", *kept, "name=a_eval", "checkpoint=my runs/a/model"]
+    assert evaluation == [
+        "searchrl",
+        "eval",
+        kept[0],
+        "processes=2",
+        kept[1],
+        "name=a_eval",
+        "checkpoint=my runs/a/model",
+    ]
     assert play == ["searchrl", "play", *kept, "checkpoint=my runs/a/model"]

@@ -237,8 +237,10 @@ def continued(bench: Bench) -> Ended:
 
 def watched(bench: Bench) -> tuple[Ended, Ended]:
     """Stopped by a rule whose bound no update can keep; then continued by one step."""
-    settings = ("overlap=true", "eval.before=false", "watch={action: stop, window: 1, min_ess_ratio: 1}")
-    settings += ("logger=[wandb_offline,tensorboard]", "logger.trajectories_every=1")
+    settings = (
+        *("overlap=true", "eval.before=false", "watch={action: stop, window: 1, min_ess_ratio: 1}"),
+        *("logger=[wandb_offline,tensorboard]", "logger.trajectories_every=1"),
+    )
     stopped = bench.run("watched", "steps=50", *settings)
     last = bench.records("watched")[-1]["step"]
     more = ("resume=true", "watch.action=warn", f"steps={last + 1}", "eval.questions=1")

@@ -61,11 +61,12 @@ def commands(run_dir: Path, overrides: Sequence[str]) -> str:
     """
     own = ("name=", "run_dir=", "resume=", "resume_changes=", "checkpoint=", "steps=")
     kept = [override for override in overrides if not override.startswith(own)]
+    alone = [override for override in kept if not override.startswith("processes=")]
     model = f"checkpoint={run_dir / 'model'}"
     lines = [
         ("look further", shlex.join(["searchrl", "report", str(run_dir)])),
         ("", shlex.join(["searchrl", "eval", *kept, f"name={run_dir.name}_eval", model])),
-        ("", shlex.join(["searchrl", "play", *kept, model])),
+        ("", shlex.join(["searchrl", "play", *alone, model])),
     ]
     return _aligned(lines)
 
