@@ -5,8 +5,8 @@
 
 The run is the smoke experiment with its real parts, a search server among them, and a small step: one
 question, two short episodes, an update, a sync with its probe. After every step what the kernel counts for
-the trainer and for its children is written down. The first tenth of the steps is warm-up (caches fill, the
-allocator finds its size); after it no quantity may grow: a line through its values may rise by no more than
+the trainer and for its children is written down. The first half of the steps is warm-up (oneDNN's cache of
+kernels takes hundreds of steps to fill, docs/operations.md); after it no quantity may grow: a line through its values may rise by no more than
 its tolerance, which is printed beside it, from the first to the last step. Ends with code 1 if one does.
 """
 
@@ -144,7 +144,7 @@ def rise(values: Sequence[float]) -> float:
 
 def report(samples: Sequence[Sample]) -> list[dict[str, float | str]]:
     """A row for each quantity: after the warm-up, at the end, how far it rose, how far it may."""
-    after = samples[len(samples) // 10 :]
+    after = samples[len(samples) // 2 :]
     rows: list[dict[str, float | str]] = []
     for name, tolerance in TOLERANCE.items():
         values = [float(getattr(item, name)) for item in after]

@@ -25,6 +25,7 @@ BASE = ("+experiment=smoke",)
 NEVER: dict[str, tuple[str, ...]] = {
     "int": ("many", "[1]", "{a: 1}", "null", "true", "1.5", "nan", "inf", "''", "1_", "0x10", "--1", "1e3"),
     "float": ("high", "[1.0]", "{a: 1}", "null", "true", "nan", "''", "1.0.0", "0x1p3", "1;2"),
+    "bool | str": ("maybe", "[true]", "{a: 1}", "null", "1.5", "''", "truth"),
     "bool": ("maybe", "[true]", "{a: 1}", "null", "1.5", "''", "truth"),
     "str": ("[a]", "{a: b}", "null"),
     "enum": ("nonsense", "''", "null", "[x]", "{a: 1}", "true", "-1", "1.5"),
@@ -99,7 +100,8 @@ def leaves(schema: Any = Config, prefix: str = "") -> Iterator[Leaf]:
         elif isinstance(kind, type) and issubclass(kind, StrEnum):
             yield Leaf(prefix + entry.name, "enum", tuple(kind.__members__))
         elif typing.get_origin(kind) is types.UnionType:
-            yield Leaf(prefix + entry.name, "number | None")
+            kinds = "bool | str" if str in typing.get_args(kind) else "number | None"
+            yield Leaf(prefix + entry.name, kinds)
         elif typing.get_origin(kind) in (tuple, dict):
             yield Leaf(prefix + entry.name, typing.get_origin(kind).__name__)
         else:
