@@ -11,12 +11,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import searchrl
-from example import ROOT
+from example import ROOT, touch_models
 from searchrl import api
 from searchrl.compose import load_config
 from searchrl.config import ConfigError
@@ -141,10 +142,10 @@ def test_the_page_has_calls_of_every_kind() -> None:
     }
 
 
-@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("command", PLAY)
-def test_a_command_of_the_page_on_play_composes(command: str) -> None:
+def test_a_command_of_the_page_on_play_composes(command: str, shipped_files: Path) -> None:
     given = argument_parser().parse_intermixed_args(shlex.split(command))
+    touch_models(given.overrides, shipped_files)
     load_config(given.overrides, training=False)
 
 

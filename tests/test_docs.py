@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -155,7 +156,7 @@ MISTAKES = {
 
 
 @pytest.fixture
-def workplace(shipped_files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(shipped_files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with what the pages' commands need: the examples, code of the pages, files of questions."""
     (shipped_files / "examples").symlink_to(ROOT / "examples")
     (shipped_files / "mine.py").write_text("\n".join(blocks("extending.md", "python")), encoding="utf-8")
@@ -168,7 +169,9 @@ def workplace(shipped_files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(shipped_files)
     for module in ("mine", "examples"):
         monkeypatch.delitem(sys.modules, module, raising=False)
-    return shipped_files
+    yield shipped_files
+    for module in [name for name in sys.modules if name.partition(".")[0] in ("mine", "examples")]:
+        del sys.modules[module]  # of this folder
 
 
 @pytest.mark.usefixtures("workplace")

@@ -98,7 +98,7 @@ def test_a_class_is_made_with_its_arguments(name: str) -> None:
     ("name", "kwargs", "message"),
     [
         ("make", {}, "is <function make at"),
-        ("Goood", {}, "my_extension has no Goood; did you mean Good?"),
+        ("Goood", {}, "my_extension has no Goood; did you mean 'Good'?"),
         ("Good", {"sise": 1}, "cannot be called with 0 arguments and retrieval.kwargs={'sise': 1}"),
         ("Blocking", {}, "needs a method `async def search(self, query, top_k)`"),
         ("Narrow", {}, "needs a method `async def search(self, query, top_k)`: too many positional"),

@@ -179,6 +179,7 @@ def test_a_session_goes_on_until_its_input_ends(
 def test_ctrl_c_drops_the_episode_and_nothing_else(
     session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
     read, write = os.pipe()
     with os.fdopen(read) as stdin, os.fdopen(write, "w") as keyboard:
 

@@ -6,8 +6,9 @@
 The run is the smoke experiment with its real parts, a search server among them, and a small step: one
 question, two short episodes, an update, a sync with its probe. After every step what the kernel counts for
 the trainer and for its children is written down. The first half of the steps is warm-up (oneDNN's cache of
-kernels takes hundreds of steps to fill, docs/operations.md); after it no quantity may grow: a line through its values may rise by no more than
-its tolerance, which is printed beside it, from the first to the last step. Ends with code 1 if one does.
+kernels takes hundreds of steps to fill, docs/operations.md); after it no quantity may grow: a line through
+its values may rise by no more than its tolerance, which is printed beside it, from the first to the last
+step. Ends with code 1 if one does.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class WandbSink:
         self._run = wandb.init(
             project=config.wandb_project,
             name=run_dir.name,
-            dir=str(run_dir),
+            dir=str(run_dir.resolve()),  # its service may stand in another folder
             mode="online" if online else "offline",
             config=dict(run_config),
             id=run_id or None,

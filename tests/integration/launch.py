@@ -49,7 +49,7 @@ def environment(device: str = "cpu") -> dict[str, str]:
 
     What this process has set for itself, the child has to set itself.
     """
-    own = ("RANK", "WORLD_SIZE", *default_settings(device))
+    own = ("RANK", "WORLD_SIZE", "WANDB_SERVICE", *default_settings(device))
     inherited = {name: value for name, value in os.environ.items() if name not in own}
     paths = {"PYTHONPATH": f"{SOURCE}{os.pathsep}{TESTS}", "CHECKS_DEVICE": device}
     return {**inherited, **paths, "OMP_NUM_THREADS": "1"}

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -112,9 +113,12 @@ class Terminal:
     def __init__(self, command: list[str], folder: Path) -> None:
         self._master, slave = pty.openpty()
         variables = environment() | {"TMPDIR": str(folder), "TERM": "xterm", "NO_COLOR": "1"}
-        self.process = subprocess.Popen(
-            command, cwd=folder, env=variables, preexec_fn=lambda: os.login_tty(slave)
-        )
+
+        def enter() -> None:
+            os.login_tty(slave)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's job in the background ignores it
+
+        self.process = subprocess.Popen(command, cwd=folder, env=variables, preexec_fn=enter)
         os.close(slave)
         self.pieces = 0
         """How often something came from it."""

@@ -70,8 +70,8 @@ def broken_step() -> None:
 def other_seeds(bench: Bench) -> list[dict[str, object]]:
     """The second rank of an engine samples with seeds of its own."""
 
-    def other(one: GenerationRequest) -> Any:
-        params = sampling_params(one)
+    def other(one: GenerationRequest, *, streams: bool) -> Any:
+        params = sampling_params(one, streams=streams)
         params.seed += 0 if bench.world.leads_engine else 1000
         return params
 
