@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from example import CONF
+from integration.launch import environment, python
 from searchrl.cli import main
 from searchrl.compose import compose_config
 from searchrl.config import ConfigError
@@ -222,3 +224,12 @@ def test_the_reference_is_renewed_below_the_introduction(tmp_path: Path) -> None
 def test_commands_of_the_document_work(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main(command)
     assert capsys.readouterr().out.strip()
+
+
+def test_a_reader_may_leave_early() -> None:
+    command = shlex.join(python("searchrl.cli", ["config", "retrieval"]))
+    ended = subprocess.run(
+        ["bash", "-c", f"{command} | head -1"], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.count("\n") == 1
+    assert ended.stderr == ""

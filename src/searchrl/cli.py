@@ -186,7 +186,11 @@ def _serve(args: argparse.Namespace) -> None:
 def _config(args: argparse.Namespace) -> None:
     from searchrl.config_cli import main as config
 
-    config(args.rest)
+    try:
+        config(args.rest)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough: `searchrl config | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _completion(args: argparse.Namespace) -> None:
