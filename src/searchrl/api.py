@@ -24,7 +24,7 @@ from searchrl.cli import check_machine, claim_run, run_evaluation, run_training
 from searchrl.compose import load_config
 from searchrl.config import Config, ConfigError, Device, SamplingConfig
 from searchrl.environment import prepare_environment
-from searchrl.launcher import require_devices, require_one_process
+from searchrl.launcher import require_one_process
 from searchrl.overrides import Overrides, command_line_overrides, function_overrides
 from searchrl.trajectory import Example, Group
 
@@ -299,11 +299,9 @@ def _refuse(cfg: Config, who: str) -> None:
     """What cannot run in this process is told before anything loads.
 
     Raises:
-        ConfigError: it needs several processes or a GPU that is not there, another run is open, or an event
-            loop runs.
+        ConfigError: it needs several processes, another run is open, or an event loop runs.
     """
     require_one_process(cfg, who)
-    require_devices(cfg)
     if "RANK" in os.environ:
         raise ConfigError(
             f"{who} cannot begin while a policy is open in this process, or under torchrun; leave the block "
