@@ -237,15 +237,15 @@ def test_all_die_and_a_restart_costs_time_but_no_search() -> None:
 
 
 @pytest.mark.integration
-def test_nobody_comes_back() -> None:
+@pytest.mark.parametrize("max_concurrency", [256, 16])  # 300 searches: some never leave the queue
+def test_nobody_comes_back(max_concurrency: int) -> None:
     async def scenario() -> None:
         async with servers(2) as dead:
             for server in dead:
                 await server.die()
-            retriever, started = (
-                HttpRetriever([server.url for server in dead], deadline_s=1.5),
-                time.monotonic(),
-            )
+            urls = [server.url for server in dead]
+            retriever = HttpRetriever(urls, deadline_s=1.5, max_concurrency=max_concurrency)
+            started = time.monotonic()
             results = await ask(retriever, MANY[:300])
             assert 1.3 < time.monotonic() - started < 5.0
             assert kinds(results) == {"unavailable": 300}

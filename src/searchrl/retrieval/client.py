@@ -111,7 +111,7 @@ class HttpRetriever:
         problem = query_problem(query)
         if problem is not None:
             raise RetrievalError(f"the query {problem}", kind=FailureKind.REJECTED)
-        async with self._limit.slot(deadline):
+        async with self._limit.slot(deadline, session.pool.outage):
             if session.is_closed:
                 raise _closed()
             waiter = _Waiter(query, top_k, session.loop.create_future(), deadline)

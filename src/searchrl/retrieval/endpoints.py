@@ -79,6 +79,11 @@ class EndpointPool:
         kind = failures[-1].kind if len(failures) == len(self.endpoints) else FailureKind.TIMEOUT
         return RetrievalError(f"no answer from {servers} in {self._deadline_s:g} s: {reason}", kind=kind)
 
+    def outage(self) -> RetrievalError | None:
+        """Like `too_late`, if every server's last request failed; None otherwise."""
+        is_down = all(endpoint.failure is not None for endpoint in self.endpoints)
+        return self.too_late() if is_down else None
+
     @asynccontextmanager
     async def lease(
         self, queries: int, *, deadline: float, avoid: Endpoint | None = None

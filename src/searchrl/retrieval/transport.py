@@ -212,8 +212,13 @@ class ConcurrencyLimit:
         self._semaphore = asyncio.Semaphore(max_concurrency)
 
     @asynccontextmanager
-    async def slot(self, deadline: float) -> AsyncIterator[None]:
-        """Hold a place; raise `RetrievalError` (timeout) if none is free by ``deadline``."""
+    async def slot(
+        self, deadline: float, outage: Callable[[], RetrievalError | None] = lambda: None
+    ) -> AsyncIterator[None]:
+        """Hold a place; if none is free by ``deadline``, raise ``outage()`` or a `RetrievalError` (timeout).
+
+        ``outage`` returns an error if nothing works at all: then those under way are not to blame.
+        """
         if self._loop is not asyncio.get_running_loop():  # an earlier loop died with what waited in it
             self._loop, self._semaphore = asyncio.get_running_loop(), asyncio.Semaphore(self._max_concurrency)
         semaphore = self._semaphore
@@ -223,7 +228,7 @@ class ConcurrencyLimit:
                     await semaphore.acquire()
             except TimeoutError as error:
                 message = f"{self._max_concurrency} searches were under way until this one's deadline"
-                raise RetrievalError(message, kind=FailureKind.TIMEOUT) from error
+                raise outage() or RetrievalError(message, kind=FailureKind.TIMEOUT) from error
         else:
             await semaphore.acquire()  # at once
         try:
