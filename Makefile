@@ -24,6 +24,7 @@ setup: $(STAMP)  ## Make .venv with everything pinned (once); EXTRA=gpu: for NVI
 $(STAMP): $(VENV)/.packages pyproject.toml
 	$(PIP) --editable .
 	touch $@
+	@echo "$(VENV) is ready; for searchrl on your PATH: . $(BIN)/activate"
 
 packages: $(VENV)/.packages
 
@@ -31,6 +32,7 @@ $(VENV)/.packages: $(PINS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "searchrl needs Python 3.11 or newer; name one: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing $(PINS) into $(VENV): some minutes, silent"
 	$(PIP) $(TORCH) || { test $(EXTRA) = cpu && $(PIP) $(TORCH) --extra-index-url $(TORCH_INDEX); }
 	$(PIP) --requirement $(PINS)
 	touch $@

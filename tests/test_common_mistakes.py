@@ -88,6 +88,8 @@ WRONG_KEY = (
         "train +experiment=smok",
         f"there is no experiment=smok; did you mean smoke? There are {EXPERIMENTS}",
     ),
+    Mistake("trian +experiment=smoke", "there is no command 'trian'; did you mean 'train'?"),
+    Mistake("xyzzy", "there is no command 'xyzzy'; `searchrl --help` lists them"),
     Mistake(
         "train experiment=smoke",
         "experiment=smoke needs a plus, because there need not be an experiment: write +experiment=smoke",

@@ -226,8 +226,9 @@ def test_commands_of_the_document_work(command: list[str], capsys: pytest.Captur
     assert capsys.readouterr().out.strip()
 
 
-def test_a_reader_may_leave_early() -> None:
-    command = shlex.join(python("searchrl.cli", ["config", "retrieval"]))
+@pytest.mark.parametrize("arguments", [["config", "retrieval"], ["completion", "bash"]])
+def test_a_reader_may_leave_early(arguments: list[str]) -> None:
+    command = shlex.join(python("searchrl.cli", arguments))
     ended = subprocess.run(
         ["bash", "-c", f"{command} | head -1"], env=environment(), capture_output=True, text=True, check=True
     )

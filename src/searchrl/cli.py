@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from searchrl.compose import compose_config, load_config
 from searchrl.environment import silence
+from searchrl.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from searchrl.config import Config
@@ -48,13 +49,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, help_text, function in _FLAG_COMMANDS:
         command = commands.add_parser(name, help=help_text, add_help=False)
         command.set_defaults(function=function)
-    args, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if not words:
+        parser.print_help()
+        raise SystemExit(2)
+    if not words[0].startswith("-") and words[0] not in commands.choices:
+        hint = did_you_mean(words[0], commands.choices)
+        raise InputError(f"there is no command {words[0]!r}{hint or '; `searchrl --help` lists them'}")
+    args, rest = parser.parse_known_args(words)
     if rest and args.function not in [function for *_, function in _FLAG_COMMANDS]:
         parser.error(f"unrecognized arguments: {' '.join(rest)}; settings are written key=value")
     args.rest = rest
     if args.command in _HYDRA_COMMANDS:
         silence()  # before a check imports what reads it
-    args.function(args)
+    if args.command in ("config", "validate", "completion"):
+        _print(args)
+    else:
+        args.function(args)
+
+
+def _print(args: argparse.Namespace) -> None:
+    """Run a command that does nothing but print; its reader may leave early: ``searchrl config | head``."""
+    try:
+        args.function(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -79,7 +99,12 @@ def run_training(cfg: Config, resolved: dict[str, Any]) -> Path:
     _prepare(cfg)
     from searchrl.trainer import train
 
-    return train(cfg, resolved)
+    try:
+        return train(cfg, resolved)
+    except KeyboardInterrupt:  # training that has begun takes it as a request, and saves
+        message = "stopped before training began: nothing is lost, the same command starts again"
+        print(f"searchrl: {message}", file=sys.stderr)
+        raise
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -186,11 +211,7 @@ def _serve(args: argparse.Namespace) -> None:
 def _config(args: argparse.Namespace) -> None:
     from searchrl.config_cli import main as config
 
-    try:
-        config(args.rest)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough: `searchrl config | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    config(args.rest)
 
 
 def _completion(args: argparse.Namespace) -> None:

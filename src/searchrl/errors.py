@@ -49,5 +49,10 @@ def own_words(error: Exception) -> tuple[str, int] | None:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown ``name``: the nearest known one, or nothing if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = nearest(name, known)
+    return f"; did you mean {near!r}?" if near else ""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that ``name`` was probably meant to be; None if none is near."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)

@@ -6,11 +6,10 @@ anything else is passed on, its causes included.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 
-from searchrl.errors import did_you_mean
+from searchrl.errors import did_you_mean, nearest
 
 _WANTED = {
     "Integer": "a whole number",
@@ -113,8 +112,8 @@ def _no_key(key: str, known: Sequence[str]) -> str:
 def _no_option(group: str, option: str, rest: str) -> str:
     """``rest``: Hydra's list of options, one a line behind a tab, and what it says after it."""
     options = [line.strip() for line in rest.splitlines() if line.startswith("\t") and "=" not in line]
-    near = difflib.get_close_matches(option, options, n=1)
-    hint = f"did you mean {near[0]}? There are" if near else "there are"
+    near = nearest(option, options)
+    hint = f"did you mean {near}? There are" if near else "there are"
     return f"there is no {group}={option}; {hint} {', '.join(options)}"
 
 

@@ -166,8 +166,8 @@ def score(
     return Reward(
         components=Components(
             **earned,
-            search_cost=-config.search_cost * trajectory.num_searches,
-            invalid_penalty=-config.invalid_penalty * sum(turn.is_invalid for turn in trajectory.turns),
+            search_cost=0.0 - config.search_cost * trajectory.num_searches,
+            invalid_penalty=0.0 - config.invalid_penalty * sum(turn.is_invalid for turn in trajectory.turns),
         ),
         exact_match=float(exact_match(trajectory.answer, example.golden_answers)),
         judged=judged,

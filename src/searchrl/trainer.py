@@ -323,6 +323,7 @@ def _finish(run: Run, actor: Actor, before: list[Result] | None, log: MetricLog 
     after = evaluate_policy(run, env.cfg.steps, env.cfg.eval.questions)
     if log is not None:
         log.write(env.cfg.steps, eval_metrics(after))
-        log.close()
     report(run, before, after)
+    if log is not None:
+        log.close()  # last, for a sink may wait for its server
     return final

@@ -218,6 +218,18 @@ def preempted(bench: Bench) -> tuple[Ended, Ended]:
     return stopped, bench.run("preempted", "steps=4", "resume=true")
 
 
+def interrupted(bench: Bench) -> Ended:
+    """Ctrl-C while the engine loads."""
+    heeds = ["env", "--default-signal=INT"]  # a shell's job in the background ignores it
+    command = [*heeds, *bench.command("interrupted")]
+    with started(command, cwd=bench.folder, timeout_s=300) as process:
+        printed = read_until(process, "engine: loading")
+        server = child(process.pid, SERVER)
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate()
+    return Ended(process.returncode, printed + rest, server_gone=gone(server, 10))
+
+
 def two_ranks(bench: Bench) -> Ended:
     """After the second step the second rank alone is asked to stop."""
     with started(bench.command("two", "steps=50", "processes=2"), cwd=bench.folder, timeout_s=300) as process:
@@ -304,6 +316,7 @@ def later(bench: Bench, finished: Ended) -> Iterator[dict[str, Future[Any]]]:
         "swapped": lambda: other_index(bench),
         "watched": lambda: watched(bench),
         "preempted": lambda: preempted(bench),
+        "interrupted": lambda: interrupted(bench),
         "two ranks": lambda: fewer_ranks(bench),
         "custom": lambda: bench.run("custom", *custom_overrides()[2:], *EVERYTHING, ranks=2),
         "doctor": lambda: bench.run("doctor", mode="doctor"),
@@ -698,6 +711,15 @@ def test_a_preempted_run_saves_and_goes_on_as_if_nothing_had_been(
     saved = re.findall(r"saved after step (\d); resume=true continues", stopped.printed)
     assert saved == re.findall(r"resume: continuing after step (\d)", continued.printed)
     same(bench.steps("preempted"), bench.steps("finished"), tolerance=0.0)
+
+
+def test_ctrl_c_before_training_says_that_nothing_is_lost(later: dict[str, Future[Ended]]) -> None:
+    ended = later["interrupted"].result()
+    assert ended.code == 130, ended.printed
+    message = "searchrl: stopped before training began: nothing is lost, the same command starts again"
+    assert ended.printed.rstrip().endswith(message)
+    assert "Traceback" not in ended.printed
+    assert ended.server_gone
 
 
 def test_two_ranks_do_what_one_does_and_stop_together(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import random
 import signal
 import sys
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from searchrl.config import Config, ConfigError, RetrievalKind, SamplingConfig
 from searchrl.engine import Engine
 from searchrl.episodes import Player, Rollout
+from searchrl.errors import nearest
 from searchrl.play.players import DroppedError, Person, Stage, WatchedEngine, WatchedTool
 from searchrl.play.screen import Screen, visible
 from searchrl.setup import Environment, initial_policy, load_policy, open_environment
@@ -111,8 +111,8 @@ class Session:
         """
         by_id = {example.id: example for example in self.env.eval_examples}
         if id_ not in by_id:
-            near = difflib.get_close_matches(id_, by_id, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"the first is {next(iter(by_id), 'none')}"
+            near = nearest(id_, by_id)
+            hint = f"did you mean {near}?" if near else f"the first is {next(iter(by_id), 'none')}"
             raise ConfigError(f"{self.env.cfg.data.eval} has no question {id_}; {hint}")
         return by_id[id_]
 

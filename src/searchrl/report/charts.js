@@ -109,6 +109,7 @@ report.charts = (() => {
   function layout(panel, count) {
     const ink = dark.matches ? "#d6d9de" : "#33383f";
     const grid = dark.matches ? "#3a3f47" : "#e4e7eb";
+    const last = Math.max(0, ...data.runs.map((run) => run.steps.at(-1) ?? 0)); // few steps: no fractions of one
     const axis = { gridcolor: grid, zerolinecolor: grid, linecolor: grid, automargin: true };
     return {
       height: 270,
@@ -116,7 +117,7 @@ report.charts = (() => {
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "system-ui, sans-serif", size: 12, color: ink },
-      xaxis: { ...axis, title: { text: "step", standoff: 2, font: { size: 11 } } },
+      xaxis: { ...axis, ...(last < 10 && { dtick: 1 }), title: { text: "step", standoff: 2, font: { size: 11 } } },
       yaxis: { ...axis, type: panel.log ? "log" : "linear", exponentformat: "power", rangemode: "tozero" },
       uirevision: "kept", // new data leaves the zoom and hidden curves as they are
       hovermode: "x unified",
