@@ -108,7 +108,7 @@ def test_damaged_lines_are_counted_and_left_out(tmp_path: Path, line: bytes) -> 
     data = opened(run).data()
     columns = data["index"]["rows"]
     assert {name: len(values) for name, values in columns.items()} == dict.fromkeys(columns, 4)
-    assert "1 line of the trajectory files could not be read and left out." in data["notes"]
+    assert "Left out, since unreadable: 1 line of the trajectory files." in data["notes"]
 
 
 def test_numbers_that_json_lacks_are_left_open(tmp_path: Path) -> None:
@@ -260,7 +260,8 @@ def test_evaluations_have_intervals(tmp_path: Path) -> None:
     exact = evaluation["parts"][0]["exact_match"]
     assert (exact["value"], round(exact["low"], 3), round(exact["high"], 3)) == (0.5, 0.095, 0.905)
     assert data["tables"][0]["rows"][0][:3] == ["all", "2", "0.500 [0.095, 0.905]"]
-    assert "eval/step-000002.json could not be read and left out." in data["notes"]
+    (note,) = (note for note in data["notes"] if note.startswith("Left out"))
+    assert note.startswith("Left out, since unreadable: eval/step-000002.json (")
 
 
 # --- the page -------------------------------------------------------------------------------------------

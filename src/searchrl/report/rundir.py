@@ -83,9 +83,9 @@ class RunReader:
         lost = sum(part.damaged for part in parts)
         notes = [*self._settings_note, *unreadable]
         if damaged:
-            notes.append(f"{_lines(damaged)} of metrics.jsonl could not be read and left out.")
+            notes.append(f"Left out, since unreadable: {_lines(damaged)} of metrics.jsonl.")
         if lost:
-            notes.append(f"{_lines(lost)} of the trajectory files could not be read and left out.")
+            notes.append(f"Left out, since unreadable: {_lines(lost)} of the trajectory files.")
         if parts and self._tokens is None:
             notes.append("The model's tokenizer.json is not on this machine: turns are shown without tokens.")
         if not steps and not evaluations and not parts:
@@ -226,8 +226,9 @@ def _evaluations(run_dir: Path) -> tuple[list[tuple[int, list[Result]]], list[st
             results = load_results(path)
             table_rows(results)
             found.append((int(path.stem.removeprefix("step-")), results))
-        except (ValueError, KeyError, TypeError, ZeroDivisionError):
-            notes.append(f"eval/{path.name} could not be read and left out.")
+        except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            notes.append(f"Left out, since unreadable: eval/{path.name} ({reason}).")
     return found, notes
 
 
