@@ -217,7 +217,7 @@ def test_a_slow_tool_and_a_server_that_hangs_are_timeouts(url: str, serve: Serve
         loop_time = asyncio.new_event_loop()
         start = loop_time.time()
         assert failure(retriever, "slow").kind is FailureKind.TIMEOUT
-        assert loop_time.time() - start < TWICE.deadline_s + 1.0
+        assert loop_time.time() - start < TWICE.deadline_s + 5.0
         loop_time.close()
 
 

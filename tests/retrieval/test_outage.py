@@ -72,7 +72,7 @@ def test_failures_that_may_pass_become_a_pause(kind: FailureKind) -> None:
     results = bench.search("a", "b", "c")
     if kind in MAY_PASS:
         assert results == [FOUND] * 3
-        assert 0.3 <= bench.meter.paused_s() < 2.0
+        assert 0.3 <= bench.meter.paused_s() < 10.0
         # One asked for all while the others waited.
         assert len(bench.source.asked) == 3 + 1 + 3
     else:
@@ -88,7 +88,7 @@ def test_a_long_pause_is_announced_and_so_is_its_end() -> None:
     assert first == "retriever: no search works, waiting up to retrieval.patience_s=20 s: a failed"
     assert re.fullmatch(r"retriever: searches work again after [1-9] s", last)
     stats = bench.meter.take()
-    assert stats.paused_s == pytest.approx(2.0, abs=1.0)
+    assert 0.8 <= stats.paused_s < 10.0
     assert bench.meter.take().paused_s == 0.0
 
 
@@ -97,8 +97,8 @@ def test_patience_ends_and_begins_anew_once_something_has_worked() -> None:
     start = time.monotonic()
     results = bench.search("a", "b")
     assert sorted(map(str, results)) == ["a failed", "b failed"]
-    assert 0.7 <= time.monotonic() - start < 3.0
-    assert re.fullmatch(r"retriever: given up after [1-3] s: a failed", bench.said[-1])
+    assert 0.7 <= time.monotonic() - start < 10.0
+    assert re.fullmatch(r"retriever: given up after [1-9] s: a failed", bench.said[-1])
     paused = bench.meter.paused_s()
     assert str(bench.search("c")[0]) == "c failed"  # at once: no second pause
     assert bench.meter.paused_s() == paused
@@ -121,7 +121,7 @@ def test_without_patience_there_is_no_pause() -> None:
     bench = Bench(Source(down=(0.0, 60.0)), patience_s=0.0)
     start = time.monotonic()
     assert str(bench.search("a")[0]) == "a failed"
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 10.0
     assert bench.said == []
 
 

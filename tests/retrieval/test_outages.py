@@ -247,7 +247,7 @@ def test_nobody_comes_back(max_concurrency: int) -> None:
             retriever = HttpRetriever(urls, deadline_s=1.5, max_concurrency=max_concurrency)
             started = time.monotonic()
             results = await ask(retriever, MANY[:300])
-            assert 1.3 < time.monotonic() - started < 5.0
+            assert 1.3 < time.monotonic() - started < 15.0
             assert kinds(results) == {"unavailable": 300}
             message = str(results[0])
             assert f"no answer from {dead[0].url}, {dead[1].url} in 1.5 s" in message
@@ -266,10 +266,10 @@ def test_a_hung_server_is_left_for_another_until_it_lives() -> None:
             retriever = HttpRetriever([hung.url, good.url], timeout_s=0.3, deadline_s=20.0)
             started = time.monotonic()
             assert_right(await ask(retriever, MANY), MANY)
-            assert time.monotonic() - started < 3.0
-            started = time.monotonic()
+            assert time.monotonic() - started < 10.0
+            connections = hung.most_open
             assert_right(await ask(retriever, MANY), MANY)  # now it is known
-            assert time.monotonic() - started < 0.3
+            assert hung.most_open <= connections + 1  # a health check at most
             assert hung.queries == 0
             hung.seconds = 0.0
             while hung.queries == 0:
@@ -287,7 +287,7 @@ def test_a_hung_server_alone_is_a_typed_error_in_time() -> None:
             hung.seconds = -1.0
             retriever, started = HttpRetriever([hung.url], timeout_s=0.2, deadline_s=1.0), time.monotonic()
             results = await ask(retriever, MANY)
-            assert time.monotonic() - started < 2.0
+            assert time.monotonic() - started < 10.0
             assert kinds(results) == {"timeout": 600}
             assert "did not answer in 0.2 s" in str(results[0])
             await retriever.aclose()
@@ -300,15 +300,16 @@ def test_each_search_has_its_own_deadline() -> None:
     async def scenario() -> None:
         async with servers(1) as (hung,):
             hung.seconds = -1.0
-            retriever, started = HttpRetriever([hung.url], deadline_s=0.6), time.monotonic()
+            retriever, started = HttpRetriever([hung.url], deadline_s=2.0), time.monotonic()
             under_way = [asyncio.create_task(ask(retriever, ["q"], top_k)) for top_k in range(1, 17)]
             early = asyncio.create_task(ask(retriever, ["early"], 17))
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(1.0)
             late = asyncio.create_task(ask(retriever, ["late"], 17))  # waits together with the early one
             await asyncio.wait([*under_way, early])
-            assert 0.5 < time.monotonic() - started < 0.8
+            assert time.monotonic() - started > 1.9
+            assert not late.done()
             await late
-            assert 0.8 < time.monotonic() - started < 1.3
+            assert 2.9 < time.monotonic() - started < 10.0
             await retriever.aclose()
 
     run(scenario())

@@ -131,7 +131,7 @@ def test_the_deadline_ends_retries_before_a_pause_that_would_pass_it() -> None:
     started = time.monotonic()
     with pytest.raises(RetrievalError, match=r"gone \(attempt 1, the last: the deadline of 5 s") as caught:
         Service(gone(9.0)).ask(deadline_s=5.0)
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 4.0
     assert caught.value.kind is FailureKind.UNAVAILABLE
     assert Service().ask(deadline_s=2.0) == "answer within 2"
 

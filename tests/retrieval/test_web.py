@@ -330,7 +330,7 @@ def test_a_hung_or_dead_engine_is_an_error_within_the_deadline(serve: Serve) -> 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     assert failure(retriever_of("google", f"http://127.0.0.1:{port}")).kind is FailureKind.UNAVAILABLE
-    assert time.monotonic() - start < 2 * TWICE.deadline_s + 1.0
+    assert time.monotonic() - start < 2 * TWICE.deadline_s + 5.0
 
 
 def test_searxng_without_results_from_engines_that_did_not_answer_is_a_failure(serve: Serve) -> None:
