@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from builders import PLAIN_RESULT
 from searchrl.evaluation.comparison import (
     COMPARISON_COLUMNS,
+    SIDE_BY_SIDE,
     TABLE_COLUMNS,
     by_hops,
     comparison_rows,
     eval_metrics,
     paired_difference,
+    side_by_side,
     table_rows,
 )
 from searchrl.evaluation.intervals import Interval, wilson
@@ -108,11 +110,14 @@ def test_the_table_of_a_comparison() -> None:
         "0.400",
         "0.600",
         "0.200 [-0.533, 0.933]",
-        "0.000",
-        "0.400",
+        "0.00",
+        "0.40",
         "1.00",
         "2.00",
     ]
+    (shown, *_) = side_by_side(rows)
+    assert shown == ["all", "5", "0.400→0.600", "0.200 [-0.533, 0.933]", "0.00→0.40", "1.00→2.00"]
+    assert len(shown) == len(SIDE_BY_SIDE)
     assert rows[1][:4] == ["1 hop", "2", "0.000", "0.500"]
     assert rows[2][:4] == ["2 hop", "3", "0.667", "0.667"]
     assert rows[2][4] == str(Interval(value=0.0, low=-1.96 * math.sqrt(1 / 3), high=1.96 * math.sqrt(1 / 3)))
@@ -120,7 +125,7 @@ def test_the_table_of_a_comparison() -> None:
 
 def test_one_question_is_compared_without_an_interval() -> None:
     rows = comparison_rows(results("000", hops="112"), results("111", hops="112"))
-    assert rows[2] == ["2 hop", "1", "0.000", "1.000", "n/a", "0.000", "0.000", "1.00", "1.00"]
+    assert rows[2] == ["2 hop", "1", "0.000", "1.000", "n/a", "0.00", "0.00", "1.00", "1.00"]
 
 
 def test_a_comparison_of_other_questions_is_refused() -> None:

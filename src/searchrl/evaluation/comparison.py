@@ -65,8 +65,8 @@ def comparison_rows(before: Sequence[Result], after: Sequence[Result]) -> list[l
                 f"{_mean([result.exact_match for result in old]):.3f}",
                 f"{_mean([result.exact_match for result in new]):.3f}",
                 str(paired_difference(old, new)) if len(old) > 1 else "n/a",
-                f"{_mean([result.retrieval_hit for result in old]):.3f}",
-                f"{_mean([result.retrieval_hit for result in new]):.3f}",
+                f"{_mean([result.retrieval_hit for result in old]):.2f}",
+                f"{_mean([result.retrieval_hit for result in new]):.2f}",
                 f"{_mean([result.searches for result in old]):.2f}",
                 f"{_mean([result.searches for result in new]):.2f}",
             ]
@@ -85,6 +85,17 @@ COMPARISON_COLUMNS = (
     "searches before",
     "searches after",
 )
+
+
+def side_by_side(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Rows of ``COMPARISON_COLUMNS`` as ``SIDE_BY_SIDE``, which fit a terminal of 80 columns."""
+    return [
+        [name, n, f"{em}→{em_after}", difference, f"{gold}→{gold_after}", f"{searches}→{searches_after}"]
+        for name, n, em, em_after, difference, gold, gold_after, searches, searches_after in rows
+    ]
+
+
+SIDE_BY_SIDE = ("hops", "n", "exact match", "paired difference [95 %]", "gold shown", "searches")
 
 
 def eval_metrics(results: Sequence[Result]) -> dict[str, float]:

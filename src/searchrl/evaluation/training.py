@@ -6,7 +6,14 @@ import json
 
 from searchrl.data.readers import first_of_each_source
 from searchrl.evaluation.closing import closing_lines
-from searchrl.evaluation.comparison import COMPARISON_COLUMNS, TABLE_COLUMNS, comparison_rows, table_rows
+from searchrl.evaluation.comparison import (
+    COMPARISON_COLUMNS,
+    SIDE_BY_SIDE,
+    TABLE_COLUMNS,
+    comparison_rows,
+    side_by_side,
+    table_rows,
+)
 from searchrl.evaluation.results import AnswerLog, Result, load_results, save_results
 from searchrl.evaluation.rollouts import evaluate
 from searchrl.metrics import read_records
@@ -59,11 +66,14 @@ def evaluate_before(run: Run, start: int) -> list[Result] | None:
 def report(run: Run, before: list[Result] | None, after: list[Result]) -> None:
     """Print what training has changed, what memory it took, and where everything is."""
     if before is not None:
-        title = "held-out questions, before and after reinforcement learning"
-        run.env.console.table(title, COMPARISON_COLUMNS, comparison_rows(before, after))
+        title, rows = (
+            "held-out questions, before and after reinforcement learning",
+            comparison_rows(before, after),
+        )
+        run.env.console.table(title, SIDE_BY_SIDE, side_by_side(rows))
         if run.env.world.is_main:
-            rows = [dict(zip(COMPARISON_COLUMNS, row, strict=True)) for row in comparison_rows(before, after)]
-            (run.env.run_dir / "comparison.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
+            named = [dict(zip(COMPARISON_COLUMNS, row, strict=True)) for row in rows]
+            (run.env.run_dir / "comparison.json").write_text(json.dumps(named, indent=2), encoding="utf-8")
     cfg = run.env.cfg
     records = read_records(run.env.run_dir, cfg.steps)
     memory = memory_rows(cfg, records, world_size=run.env.world.size)
