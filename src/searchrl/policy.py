@@ -244,6 +244,26 @@ def checkpoint_weights(network: nn.Module, lora: LoraConfig) -> list[Weight]:
     return weights
 
 
+def weight_buckets(weights: Sequence[Weight], max_elements: int) -> Iterator[list[Weight]]:
+    """Consecutive weights of together at most ``max_elements`` parameters, at least one weight a bucket.
+
+    Args:
+        weights: of a network that ZeRO-3 has partitioned.
+        max_elements: counts whole parameters.
+    """
+    bucket: list[Weight] = []
+    size = 0
+    for weight in weights:
+        elements = sum(parameter.ds_numel for parameter in weight.parameters)
+        if bucket and size + elements > max_elements:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(weight)
+        size += elements
+    if bucket:
+        yield bucket
+
+
 def save_adapters(network: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write adapters in peft's own format, for ``PeftModel.from_pretrained(base, folder)``.
 

@@ -75,10 +75,30 @@ def warmstart(
     console.say(
         f"warm start: {len(demonstrations)} demonstrations, for example\n{_show(demonstrations, inputs)}"
     )
+    if cfg.deepspeed.zero_stage == 3:
+        console.warn(
+            "warm start: DeepSpeed's ZeRO-3 keeps its memory until this process ends; if that is too much, "
+            "make it with `searchrl warmstart` and the same settings first"
+        )
+    # A name of its own: another run may be making the same one at the same time.
+    partial = folder.with_name(f".{folder.name}.{broadcast_object(os.getpid())}.partial")
+    actor = _trained(cfg, inputs.model, demonstrations, world=world, console=console)
+    actor.export(partial, inputs.tokenizer)
+    actor.close()  # before the engine and the trained actor need the room
+    if world.is_main:
+        publish(partial, folder)
+    barrier()
+    return folder
+
+
+def _trained(
+    cfg: Config, model: Path | str, demonstrations: list[Sample], *, world: World, console: Console
+) -> Actor:
+    """An actor that has learnt the demonstrations, whose order is changed. A collective."""
     per_epoch = -(-len(demonstrations) // cfg.warmstart.batch_size)
     steps = per_epoch * cfg.warmstart.epochs
     actor = Actor(
-        inputs.model,
+        model,
         model=replace(cfg.model, lora=LoraConfig()),  # whole: the reference begins where this ends
         optimizer=OptimizerConfig(
             lr=cfg.warmstart.lr,
@@ -105,13 +125,7 @@ def warmstart(
                 actor.update(mine, _negative_log_likelihood, denominator=count_loss_tokens(batch), step=step)
                 step += 1
                 advance(step)
-    # A name of its own: another run may be making the same one at the same time.
-    partial = folder.with_name(f".{folder.name}.{broadcast_object(os.getpid())}.partial")
-    actor.export(partial, inputs.tokenizer)
-    if world.is_main:
-        publish(partial, folder)
-    barrier()
-    return folder
+    return actor
 
 
 def publish(partial: Path, folder: Path) -> None:
