@@ -102,6 +102,10 @@ WRONG_KEY = (
         "train +experiment=smoke +optimizer.lrr=1e-6",
         "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?",
     ),
+    Mistake(
+        "train +experiment=smoke reward.kwargs.a=1",
+        "reward.kwargs.a=1 needs a plus, because it is an argument of your own: write +reward.kwargs.a=1",
+    ),
     Mistake("train +experiment=smoke xyzzy=1", "unknown key 'xyzzy'; `searchrl config` lists all"),
     Mistake(
         "train +experiment=smoke retrieval=googel",

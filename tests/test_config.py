@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 import searchrl.config
 from example import CONF
+from searchrl.checkpoint import CheckpointError
 from searchrl.cli import _claim_run_dir, main, run
 from searchrl.compose import config_folder, load_config
 from searchrl.config import (
@@ -737,7 +738,7 @@ def test_a_run_is_never_written_over(workplace: Path) -> None:
         "runs/smoke holds a run already; continue it with resume=true, or choose another name=..."
     )
     assert (workplace / "runs/smoke/config.yaml").read_text(encoding="utf-8") == recorded
-    resumed, resumed_resolved = load_config(["+experiment=smoke", "steps=9", "resume=true"])
+    resumed, resumed_resolved = load_config(["+experiment=smoke", "steps=9", "resume=auto"])
     _claim_run_dir(resumed, resumed_resolved)
     assert "steps: 9" in (workplace / "runs/smoke/config.yaml").read_text(encoding="utf-8")
 
@@ -782,7 +783,7 @@ def test_an_evaluation_runs_on_any_number_of_ranks() -> None:
 
 
 def test_runs_and_evaluations_do_not_continue_one_another(workplace: Path) -> None:
-    cfg, resolved = load_config(["+experiment=smoke", "resume=true"])
+    cfg, resolved = load_config(["+experiment=smoke", "resume=auto"])
     folder = workplace / "runs" / "smoke"
     (folder / "eval").mkdir(parents=True)
     (folder / "metrics.jsonl").touch()
@@ -799,6 +800,15 @@ def test_runs_and_evaluations_do_not_continue_one_another(workplace: Path) -> No
     cfg.resume = False
     with pytest.raises(ConfigError, match="runs/smoke holds a run already"):
         _claim_run_dir(cfg, resolved, training=False)
+    with pytest.raises(ConfigError, match="runs/smoke holds an evaluation, which cannot be continued so"):
+        _claim_run_dir(cfg, resolved)
+
+
+def test_a_run_that_saved_nothing_cannot_be_resumed_and_leaves_nothing(workplace: Path) -> None:
+    cfg, resolved = load_config(["+experiment=smoke", "name=never", "resume=true"])
+    with pytest.raises(CheckpointError, match="resume=true finds no checkpoint in runs/never/checkpoints"):
+        _claim_run_dir(cfg, resolved)
+    assert not (workplace / "runs" / "never").exists()
 
 
 def test_a_resumed_run_with_other_settings_is_refused_before_anything_is_written(workplace: Path) -> None:
@@ -830,5 +840,5 @@ def test_a_resumed_run_with_other_settings_is_refused_before_anything_is_written
 def test_an_evaluation_does_not_write_over_a_run(workplace: Path) -> None:
     (workplace / "runs" / "mine").mkdir(parents=True)
     (workplace / "runs" / "mine" / "metrics.jsonl").touch()
-    with pytest.raises(ConfigError, match="runs/mine holds a run already"):
+    with pytest.raises(ConfigError, match="runs/mine holds a training run, which cannot be continued so"):
         main(["eval", "+experiment=smoke", "name=mine"])

@@ -167,7 +167,7 @@ def test_nothing_half_drawn_is_left_by_ctrl_c_nor_by_a_second_one() -> None:
     assert code == -signal.SIGINT
     assert "step 1 episodes" in written
     assert HIDDEN_CURSOR not in written
-    assert screen(written) == ["before", "searchrl: SIGINT: stopping; Ctrl-C leaves at once", ""]
+    assert screen(written) == ["before", "searchrl: SIGINT: stopping; from now on Ctrl-C leaves at once", ""]
 
 
 @pytest.mark.parametrize("script", [RUN, UPDATE_BESIDE_A_ROLLOUT])

@@ -139,7 +139,7 @@ def test_ranks_have_time_to_save_and_the_last_word(sent: signal.Signals) -> None
         assert all(gone(pid, 1) for pid in ranks)
     assert process.returncode == 75
     first, *saved, last = rest.splitlines()
-    assert first == f"searchrl: {sent.name}: stopping; Ctrl-C leaves at once"
+    assert first == f"searchrl: {sent.name}: stopping; from now on Ctrl-C leaves at once"
     assert sorted(saved) == ["rank 0 has saved", "rank 1 has saved"]
     assert last == f"stopped by {int(sent)}"
 
@@ -154,7 +154,10 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=20)
         assert all(gone(pid, 10) for pid in ranks)
-    assert (process.returncode, rest) == (130, "searchrl: SIGINT: stopping; Ctrl-C leaves at once\n")
+    assert (process.returncode, rest) == (
+        130,
+        "searchrl: SIGINT: stopping; from now on Ctrl-C leaves at once\n",
+    )
 
 
 @pytest.mark.parametrize(

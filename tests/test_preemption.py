@@ -52,7 +52,7 @@ def test_a_signal_is_noticed_while_somebody_listens(
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
-    assert capfd.readouterr().err == f"searchrl: {sent.name}: stopping; Ctrl-C leaves at once\n"
+    assert capfd.readouterr().err == f"searchrl: {sent.name}: stopping; from now on Ctrl-C leaves at once\n"
 
 
 def test_without_a_request_signals_do_again_what_they_did() -> None:

@@ -96,10 +96,10 @@ def run_training(cfg: Config, resolved: dict[str, Any]) -> Path:
 
     if os.environ.get("RANK", "0") == "0":
         print(summary(cfg, world_size=world_size(cfg)), flush=True)
-    _prepare(cfg)
-    from searchrl.trainer import train
-
     try:
+        _prepare(cfg)
+        from searchrl.trainer import train
+
         return train(cfg, resolved)
     except KeyboardInterrupt:  # training that has begun takes it as a request, and saves
         message = "stopped before training began: nothing is lost, the same command starts again"
@@ -295,7 +295,7 @@ def _claim_run_dir(cfg: Config, resolved: dict[str, Any], *, training: bool = Tr
         return
     run_dir = Path(cfg.run_dir)
     trained, evaluated = (run_dir / "metrics.jsonl").exists(), (run_dir / "eval" / "settings.json").exists()
-    if cfg.resume and (evaluated if training else trained):
+    if evaluated if training else trained:
         other = "an evaluation" if training else "a training run"
         raise ConfigError(f"{run_dir} holds {other}, which cannot be continued so; choose another name=...")
     if (trained or evaluated) and not cfg.resume:

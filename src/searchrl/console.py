@@ -125,7 +125,11 @@ class Console:
             done, now = done + 1, time.monotonic()
             if now - said >= PLAIN_PROGRESS_S:
                 said = now
-                self.say(f"{label}: {done}/{total}, {duration((now - begun) / done * (total - done))} left")
+                # The first of many that began together tell little.
+                left = (
+                    f", {duration((now - begun) / done * (total - done))} left" if 10 * done >= total else ""
+                )
+                self.say(f"{label}: {done}/{total}{left}")
 
         return advance
 

@@ -93,7 +93,7 @@ def default_settings(device: str) -> dict[str, str]:
 def say_stopping(number: int) -> None:
     """Tell, from a signal's handler, what it does. Not by print, which the signal may have interrupted."""
     name = signal.Signals(number).name
-    os.write(2, f"{erased_line()}searchrl: {name}: stopping; Ctrl-C leaves at once\n".encode())
+    os.write(2, f"{erased_line()}searchrl: {name}: stopping; from now on Ctrl-C leaves at once\n".encode())
 
 
 def erased_line() -> str:

@@ -52,6 +52,8 @@ def explain(error: Exception, overrides: Sequence[str], known: Sequence[str]) ->
             return f"{override}: {_no_value(whole)}"
         if bare.startswith("experiment=") and "No match in the defaults list" in whole:
             return f"{override} needs a plus, because there need not be an experiment: write +{bare}"
+        if override == bare and ".kwargs." in _key(bare):
+            return f"{override} needs a plus, because it is an argument of your own: write +{override}"
         if (
             override.startswith("+")
             and (there := _THERE_ALREADY.search(whole))

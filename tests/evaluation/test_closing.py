@@ -81,12 +81,14 @@ def test_the_commands_can_be_typed() -> None:
         "resume=true",
         "processes=2",
         "loss={kl_coef: 0.1}",
+        "+reward.kwargs.cost=1",
+        "optimizer.warmup_steps=1",
     ]
     report, evaluation, play = (
         shlex.split(line[14:]) for line in commands(Path("my runs/a"), overrides).splitlines()
     )
     assert report == ["searchrl", "report", "my runs/a"]
-    kept = ["+experiment=smoke", "loss={kl_coef: 0.1}"]
+    kept = ["+experiment=smoke", "+reward.kwargs.cost=1"]
     assert evaluation == [
         "searchrl",
         "eval",

@@ -371,7 +371,7 @@ OURS = (  # every line of a run whose output goes to a pipe
     r"engine: loading assets/warmstart/[0-9a-f]{16}",
     r"sync: engine and trainer agree to \S+ nats",
     r"(after step \d|held-out questions, before and after reinforcement learning)",
-    r"memory of a rank at its peak, GiB, without what libraries take",
+    r"memory of a rank at its peak, GiB more than before anything was loaded",
     r"[┏┃┡│└].*[┓┃┩│┘]",  # tables
     r"step +time +left +reward .*",
     r"step \d/4 .*",
@@ -701,7 +701,7 @@ def test_a_preempted_run_saves_and_goes_on_as_if_nothing_had_been(
     stopped, continued = later["preempted"].result()
     assert stopped.code == 75, stopped.printed
     for line in (
-        "searchrl: SIGTERM: stopping; Ctrl-C leaves at once",
+        "searchrl: SIGTERM: stopping; from now on Ctrl-C leaves at once",
         "searchrl: stopped by SIGTERM; resume=true continues",
     ):
         assert stopped.printed.count(line) == 1

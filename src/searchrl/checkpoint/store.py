@@ -134,9 +134,7 @@ class Checkpoints:
                 f"none of the checkpoints in {self.folder} is whole; delete them to start from the beginning"
             )
         if must:
-            raise CheckpointError(
-                f"resume=true finds no checkpoint in {self.folder}; with resume=auto the run would begin"
-            )
+            raise _nothing_saved(self.folder)
         return None
 
     def _set_aside(self, damaged: Sequence[Path]) -> None:
@@ -197,20 +195,30 @@ class Checkpoints:
 
 
 def check_settings(cfg: Config) -> None:
-    """Refuse early, before anything loads, to continue a run with other settings than its own.
+    """Refuse early, before anything loads, to continue a run with other settings than its own, or none.
 
     Looks at the newest checkpoint that can be read at all, without checking it: ``Checkpoints.find`` does.
 
     Raises:
+        CheckpointError: nothing is saved, although ``resume=true``.
         ConfigError: names what differs.
     """
-    for folder in _newest_first(Path(cfg.run_dir) / "checkpoints"):
+    saved_in = Path(cfg.run_dir) / "checkpoints"
+    if cfg.resume is True and not _newest_first(saved_in):
+        raise _nothing_saved(saved_in)
+    for folder in _newest_first(saved_in):
         try:
             saved = _read(folder)
         except CheckpointError:
             continue
         refuse_differences(folder, saved.identity, settings_to_keep(cfg), cfg.resume_changes)
         return
+
+
+def _nothing_saved(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"resume=true finds no checkpoint in {folder}; with resume=auto the run would begin"
+    )
 
 
 def _newest_first(folder: Path) -> list[Path]:

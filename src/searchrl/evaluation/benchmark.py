@@ -161,7 +161,8 @@ def claim(run_dir: Path, settings: dict[str, Any]) -> dict[str, list[Result]]:
 
 def _tables(cfg: Config, parts: Sequence[Part], model: Path | str, asked: int, held: int) -> list[Table]:
     some = f"; {asked} of {held} questions (eval.questions={cfg.eval.questions})" if asked < held else ""
-    title = f"{cfg.checkpoint or model} on {cfg.data.eval}, retrieval {cfg.retrieval.kind}{some}"
+    shuffled = ", shuffled" if cfg.retrieval.shuffle_documents else ""
+    title = f"{cfg.checkpoint or model} on {cfg.data.eval}, retrieval {cfg.retrieval.kind}{shuffled}{some}"
     results = result_table(parts, samples=cfg.eval.samples, top_k=cfg.episode.top_k, title=title)
     published = published_table(parts, samples=cfg.eval.samples)
     return [results] if published is None else [results, published]

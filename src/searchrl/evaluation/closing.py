@@ -21,6 +21,23 @@ _PLACES = (  # below the run directory
 )
 
 
+_OF_TRAINING = (  # settings that an evaluation of the trained model does not look at, or has of its own
+    *("name", "run_dir", "resume", "resume_changes", "checkpoint", "steps", "group_size", "groups_per_step"),
+    *(
+        "warmstart",
+        "advantage",
+        "loss",
+        "importance",
+        "filters",
+        "resampling",
+        "update",
+        "optimizer",
+        "batching",
+    ),
+    *("overlap", "saving", "watch", "logger"),
+)
+
+
 def closing_lines(
     run_dir: Path,
     records: Sequence[Mapping[str, float]],
@@ -59,8 +76,7 @@ def commands(run_dir: Path, overrides: Sequence[str]) -> str:
         run_dir: of the training run.
         overrides: what it was started with; an evaluation with the same settings needs most of them.
     """
-    own = ("name=", "run_dir=", "resume=", "resume_changes=", "checkpoint=", "steps=")
-    kept = [override for override in overrides if not override.startswith(own)]
+    kept = [override for override in overrides if _section(override) not in _OF_TRAINING]
     alone = [override for override in kept if not override.startswith("processes=")]
     model = f"checkpoint={run_dir / 'model'}"
     lines = [
@@ -69,6 +85,11 @@ def commands(run_dir: Path, overrides: Sequence[str]) -> str:
         ("", shlex.join(["searchrl", "play", *alone, model])),
     ]
     return _aligned(lines)
+
+
+def _section(override: str) -> str:
+    """``optimizer`` of ``optimizer.lr=1e-6``."""
+    return override.lstrip("+~").partition("=")[0].partition(".")[0]
 
 
 def _reached(before: Sequence[Result] | None, after: Sequence[Result]) -> str:

@@ -63,7 +63,9 @@ def summarize(answered: Mapping[str, Sequence[Result]], *, seed: int) -> list[Pa
         of_hops = [results for results in questions if results[0].hops == hops]
         name = f"{hops} hop"
         rows.append(_part(PartKind.HOPS, name, of_hops, _measure(of_hops, seed=seed, name=name)))
-    rows.append(_part(PartKind.ALL, "all", questions, _measure(questions, seed=seed, name="all")))
+    # Of one source these are the same questions, whose interval should not be drawn anew.
+    whole = measured[0] if len(measured) == 1 else _measure(questions, seed=seed, name="all")
+    rows.append(_part(PartKind.ALL, "all", questions, whole))
     if len(measured) > 1:
         average = _Measured(
             names=measured[0].names,

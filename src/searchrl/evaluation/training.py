@@ -78,7 +78,7 @@ def report(run: Run, before: list[Result] | None, after: list[Result]) -> None:
     records = read_records(run.env.run_dir, cfg.steps)
     memory = memory_rows(cfg, records, world_size=run.env.world.size)
     if memory:
-        title = "memory of a rank at its peak, GiB, without what libraries take"
+        title = "memory of a rank at its peak, GiB more than before anything was loaded"
         run.env.console.table(title, MEMORY_COLUMNS, memory)
     run.env.console.say(
         closing_lines(run.env.run_dir, records, group_size=cfg.group_size, before=before, after=after)

@@ -92,7 +92,7 @@ def _run(args: argparse.Namespace) -> None:
         _allow_many_connections()
         server.run_until_stopped(
             f"serving on port {listener.getsockname()[1]}: {len(service.corpus)} passages, "
-            f"index {service.identity}"
+            f"index {service.identity}, at http://{args.host}:{listener.getsockname()[1]}/retrieve"
         )
 
 
