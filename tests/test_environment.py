@@ -50,6 +50,14 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert given.items() <= prepared(monkeypatch, "cpu", **given).items()
 
 
+def test_a_tiny_model_gets_one_thread_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, threads in (({}, "1"), ({"OMP_NUM_THREADS": "3"}, "3")):
+        environment = dict(given)
+        monkeypatch.setattr(os, "environ", environment)
+        prepare_environment("cpu", is_tiny=True)
+        assert environment["OMP_NUM_THREADS"] == threads
+
+
 def test_bars_of_libraries_are_not_drawn() -> None:
     script = (
         "from searchrl.environment import prepare_environment\n"

@@ -20,10 +20,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from searchrl.cli import check_machine, claim_run, run_evaluation, run_training
+from searchrl.cli import check_machine, claim_run, prepare, run_evaluation, run_training
 from searchrl.compose import load_config
 from searchrl.config import Config, ConfigError, Device, SamplingConfig
-from searchrl.environment import prepare_environment
 from searchrl.launcher import require_one_process
 from searchrl.overrides import Overrides, command_line_overrides, function_overrides
 from searchrl.trajectory import Example, Group
@@ -231,7 +230,7 @@ def open_policy(
     cfg, _ = load_config(given, training=False)
     _refuse(cfg, "searchrl.open_policy")
     check_machine(cfg, training=False)
-    prepare_environment(str(cfg.device))
+    prepare(cfg)
     with _leaving_nothing(), TemporaryDirectory(prefix="searchrl-") as folder:
         from searchrl.setup import open_run
 

@@ -97,7 +97,7 @@ def run_training(cfg: Config, resolved: dict[str, Any]) -> Path:
     if os.environ.get("RANK", "0") == "0":
         print(summary(cfg, world_size=world_size(cfg)), flush=True)
     try:
-        _prepare(cfg)
+        prepare(cfg)
         from searchrl.trainer import train
 
         return train(cfg, resolved)
@@ -116,7 +116,7 @@ def _eval(args: argparse.Namespace) -> None:
 
 def run_evaluation(cfg: Config, *, command: str) -> list[Part]:
     """Evaluate in this process, one of the ranks; the table's rows on the first, none on the others."""
-    _prepare(cfg)
+    prepare(cfg)
     from searchrl.evaluation.benchmark import evaluate_checkpoint
 
     return evaluate_checkpoint(cfg, command=command)
@@ -164,7 +164,7 @@ def _warmstart(args: argparse.Namespace) -> None:
     check_machine(cfg)
     if _launched(args, cfg):
         return
-    _prepare(cfg)
+    prepare(cfg)
     from searchrl.setup import initial_policy, open_environment
 
     with open_environment(cfg) as env:
@@ -253,7 +253,7 @@ def _play(args: argparse.Namespace) -> None:
     require_one_process(cfg, "searchrl play")
     if not given.human:
         check_machine(cfg, training=False)
-    _prepare(cfg)
+    prepare(cfg)
     from searchrl.play.session import play
 
     play(cfg, given)
@@ -314,10 +314,17 @@ def _claim_run_dir(cfg: Config, resolved: dict[str, Any], *, training: bool = Tr
         ) from error
 
 
-def _prepare(cfg: Config) -> None:
+def prepare(cfg: Config) -> None:
+    """Set what must stand before torch is imported."""
     from searchrl.environment import prepare_environment
+    from searchrl.model_shape import find_shape
 
-    prepare_environment(str(cfg.device))
+    shape = find_shape(cfg.checkpoint or cfg.model.path)
+    is_tiny = shape is not None and shape.parameters < _TINY_PARAMETERS
+    prepare_environment(str(cfg.device), is_tiny=is_tiny)
+
+
+_TINY_PARAMETERS = 10_000_000
 
 
 _HYDRA_COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], None]]] = {

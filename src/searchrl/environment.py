@@ -38,17 +38,20 @@ LAUNCHER_VARIABLE = "SEARCHRL_LAUNCHER"
 _DEPRECATED_NAMES = "reduce_op|all_gather_into_tensor|reduce_scatter_tensor"
 
 
-def prepare_environment(device: str) -> None:
+def prepare_environment(device: str, *, is_tiny: bool = False) -> None:
     """Set thread counts, accelerator, log levels and warnings; what the user has set stays.
 
     Args:
         device: ``cpu`` or ``cuda``.
+        is_tiny: the model's products are so small that a second thread gives nothing, and costs everything
+            where something else runs too: each product then waits for that thread's turn.
     """
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # torchrun sets one thread when nothing is set; a rank's fair share of the cores is what we want.
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and LAUNCHER_VARIABLE not in os.environ
     if "OMP_NUM_THREADS" not in os.environ or by_torchrun:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        share = max(1, len(os.sched_getaffinity(0)) // local_ranks)
+        os.environ["OMP_NUM_THREADS"] = str(1 if is_tiny else share)
     silence()
     for key, value in default_settings(device).items():
         os.environ.setdefault(key, value)

@@ -715,7 +715,8 @@ def test_a_preempted_run_saves_and_goes_on_as_if_nothing_had_been(
 
 def test_ctrl_c_before_training_says_that_nothing_is_lost(later: dict[str, Future[Ended]]) -> None:
     ended = later["interrupted"].result()
-    assert ended.code == 130, ended.printed
+    # To a shell both are 130; Python ends by the signal itself if that came within an `exec`, as of imports.
+    assert ended.code in (130, -signal.SIGINT), ended.printed
     message = "searchrl: stopped before training began: nothing is lost, the same command starts again"
     assert ended.printed.rstrip().endswith(message)
     assert "Traceback" not in ended.printed
