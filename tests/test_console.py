@@ -231,9 +231,9 @@ def test_a_table_breaks_names_of_columns_before_numbers() -> None:
 def test_the_comparison_at_the_end_fits_80_columns() -> None:
     script = (
         "from searchrl.console import Console\n"
-        "from searchrl.evaluation.comparison import SIDE_BY_SIDE, side_by_side\n"
-        "row = '2 hop|1200|0.162|0.328|-0.012 [-0.081, -0.001]|0.29|0.41|1.01|2.00'.split('|')\n"
-        "Console(enabled=True).table('t', SIDE_BY_SIDE, side_by_side([row]))\n"
+        "from searchrl.evaluation.comparison import SIDE_BY_SIDE\n"
+        "row = '2 hop|1200|0.162→0.328|-0.012 [-0.081, -0.001]|0.29→0.41|1.01→2.00'.split('|')\n"
+        "Console(enabled=True).table('t', SIDE_BY_SIDE, [row])\n"
     )
     written, _ = in_a_terminal(script, columns=80)
     (line,) = (line for line in screen(written) if "2 hop" in line)

@@ -110,12 +110,12 @@ def test_the_table_of_a_comparison() -> None:
         "0.400",
         "0.600",
         "0.200 [-0.533, 0.933]",
-        "0.00",
-        "0.40",
+        "0.000",
+        "0.400",
         "1.00",
         "2.00",
     ]
-    (shown, *_) = side_by_side(rows)
+    (shown, *_) = side_by_side(before, after)
     assert shown == ["all", "5", "0.400→0.600", "0.200 [-0.533, 0.933]", "0.00→0.40", "1.00→2.00"]
     assert len(shown) == len(SIDE_BY_SIDE)
     assert rows[1][:4] == ["1 hop", "2", "0.000", "0.500"]
@@ -125,7 +125,7 @@ def test_the_table_of_a_comparison() -> None:
 
 def test_one_question_is_compared_without_an_interval() -> None:
     rows = comparison_rows(results("000", hops="112"), results("111", hops="112"))
-    assert rows[2] == ["2 hop", "1", "0.000", "1.000", "n/a", "0.00", "0.00", "1.00", "1.00"]
+    assert rows[2] == ["2 hop", "1", "0.000", "1.000", "n/a", "0.000", "0.000", "1.00", "1.00"]
 
 
 def test_a_comparison_of_other_questions_is_refused() -> None:

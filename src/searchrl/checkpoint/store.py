@@ -204,9 +204,10 @@ def check_settings(cfg: Config) -> None:
         ConfigError: names what differs.
     """
     saved_in = Path(cfg.run_dir) / "checkpoints"
-    if cfg.resume is True and not _newest_first(saved_in):
+    folders = _newest_first(saved_in)
+    if cfg.resume is True and not folders:
         raise _nothing_saved(saved_in)
-    for folder in _newest_first(saved_in):
+    for folder in folders:
         try:
             saved = _read(folder)
         except CheckpointError:

@@ -65,8 +65,8 @@ def comparison_rows(before: Sequence[Result], after: Sequence[Result]) -> list[l
                 f"{_mean([result.exact_match for result in old]):.3f}",
                 f"{_mean([result.exact_match for result in new]):.3f}",
                 str(paired_difference(old, new)) if len(old) > 1 else "n/a",
-                f"{_mean([result.retrieval_hit for result in old]):.2f}",
-                f"{_mean([result.retrieval_hit for result in new]):.2f}",
+                f"{_mean([result.retrieval_hit for result in old]):.3f}",
+                f"{_mean([result.retrieval_hit for result in new]):.3f}",
                 f"{_mean([result.searches for result in old]):.2f}",
                 f"{_mean([result.searches for result in new]):.2f}",
             ]
@@ -87,11 +87,24 @@ COMPARISON_COLUMNS = (
 )
 
 
-def side_by_side(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Rows of ``COMPARISON_COLUMNS`` as ``SIDE_BY_SIDE``, which fit a terminal of 80 columns."""
+def side_by_side(before: Sequence[Result], after: Sequence[Result]) -> list[list[str]]:
+    """The same as rows of ``SIDE_BY_SIDE``, which fit a terminal of 80 columns."""
+    old, new = by_hops(before), by_hops(after)
+
+    def change(part: str, field: str, digits: int) -> str:
+        values = (_mean([getattr(result, field) for result in results[part]]) for results in (old, new))
+        return "→".join(f"{value:.{digits}f}" for value in values)
+
     return [
-        [name, n, f"{em}→{em_after}", difference, f"{gold}→{gold_after}", f"{searches}→{searches_after}"]
-        for name, n, em, em_after, difference, gold, gold_after, searches, searches_after in rows
+        [
+            part,
+            n,
+            change(part, "exact_match", 3),
+            difference,
+            change(part, "retrieval_hit", 2),
+            change(part, "searches", 2),
+        ]
+        for part, n, _, _, difference, *_ in comparison_rows(before, after)
     ]
 
 

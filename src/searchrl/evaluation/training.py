@@ -70,7 +70,7 @@ def report(run: Run, before: list[Result] | None, after: list[Result]) -> None:
             "held-out questions, before and after reinforcement learning",
             comparison_rows(before, after),
         )
-        run.env.console.table(title, SIDE_BY_SIDE, side_by_side(rows))
+        run.env.console.table(title, SIDE_BY_SIDE, side_by_side(before, after))
         if run.env.world.is_main:
             named = [dict(zip(COMPARISON_COLUMNS, row, strict=True)) for row in rows]
             (run.env.run_dir / "comparison.json").write_text(json.dumps(named, indent=2), encoding="utf-8")
