@@ -104,7 +104,7 @@ def chunked_logprobs(
         raise ValueError(f"need targets [N], got {list(targets.shape)} for hidden {list(hidden.shape)}")
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} but weight is {weight.dtype}; cast one of them")
-    result = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
+    result = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]  # torch gives it no types
         hidden, weight, bias, targets, temperature, chunk_size
     )
     return cast("tuple[Tensor, Tensor]", result)

@@ -86,7 +86,7 @@ def locate(source: str, published_split: str, origin: str) -> Path:
 
     # Not exported as public, but the base of the hub's own errors and of a broken connection, whichever
     # client the library is built on.
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # only imported there
 
     try:
         return Path(hf_hub_download(REPOSITORY, name, repo_type="dataset"))

@@ -21,21 +21,21 @@ _PLACES = (  # below the run directory
 )
 
 
-_OF_TRAINING = (  # settings that an evaluation of the trained model does not look at, or has of its own
-    *("name", "run_dir", "resume", "resume_changes", "checkpoint", "steps", "group_size", "groups_per_step"),
-    *(
-        "warmstart",
-        "advantage",
-        "loss",
-        "importance",
-        "filters",
-        "resampling",
-        "update",
-        "optimizer",
-        "batching",
-    ),
-    *("overlap", "saving", "watch", "logger"),
+_OF_THE_RUN = ("name", "run_dir", "resume", "resume_changes", "checkpoint", "steps", "group_size")
+_OF_TRAINING = (
+    "warmstart",
+    "groups_per_step",
+    "resampling",
+    "filters",
+    "batching",
+    "overlap",
+    "saving",
+    "watch",
+    "logger",
 )
+_OF_UPDATES = ("advantage", "loss", "importance", "update", "optimizer")
+_LEFT_OUT = {*_OF_THE_RUN, *_OF_TRAINING, *_OF_UPDATES}
+"""Settings that an evaluation of the trained model does not look at, or has of its own."""
 
 
 def closing_lines(
@@ -76,7 +76,7 @@ def commands(run_dir: Path, overrides: Sequence[str]) -> str:
         run_dir: of the training run.
         overrides: what it was started with; an evaluation with the same settings needs most of them.
     """
-    kept = [override for override in overrides if _section(override) not in _OF_TRAINING]
+    kept = [override for override in overrides if _section(override) not in _LEFT_OUT]
     alone = [override for override in kept if not override.startswith("processes=")]
     model = f"checkpoint={run_dir / 'model'}"
     lines = [

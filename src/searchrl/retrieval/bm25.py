@@ -35,7 +35,7 @@ def _bm25s() -> Any:
     """
     if "bm25s" in sys.modules:
         return import_module("bm25s")
-    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]  # None: kept out
     hidden = [name for name in ("numba", "jax") if name not in modules]
     for name in hidden:
         modules[name] = None  # makes `import` raise ImportError

@@ -112,7 +112,7 @@ class RowStore:
         """Memory-mapped, uint8 [rows, bytes of a vector]."""
         if not sequential:
             # NumPy's annotations lack the map behind a memmap.
-            self.codes._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+            self.codes._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]  # see above
 
     def vectors(self, rows: npt.NDArray[np.int64] | slice) -> npt.NDArray[np.float32]:
         """Return the vectors of ``rows``, float32 [N, dim]."""
